@@ -1,0 +1,116 @@
+"""Putting a plan into a model: planned layers take the place of Linears, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from autoplan.cache.fingerprint import tensor_digest
+from autoplan.candidates import find_candidate
+from autoplan.errors import AutoplanError, PlanMismatchError
+from autoplan.layers import PlannedLinear
+from autoplan.plan import Plan
+from autoplan.recorder import dtype_name, refuse_planned, unwrap
+from autoplan.selection import is_plain
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply_plan(model: Model, plan: Plan, *, weights: Literal["check", "skip"] = "check") -> Model:
+    """Give every layer of `model` what `plan` chose for it, in place: no forward, no timing. Returns the same object.
+
+    Names, shapes and dtypes must match those that were planned; `weights="check"` compares the weights' digests too,
+    "skip" does not (for a twin that will load its weights, or a model on the meta device).
+
+    Raises PlanMismatchError naming what differs; the model is then unchanged.
+    """
+    if weights not in ("check", "skip"):
+        raise AutoplanError(f'weights must be "check" or "skip", not {weights!r}')
+    root = unwrap(model)
+    refuse_planned(root)
+    _check_match(root, plan, weights == "check")
+    planned = {}
+    for layer in plan.layers:
+        if not is_plain(layer):
+            names = (layer.name, *layer.aliases)
+            planned.update(stand_ins(root, names, layer.chosen, layer.choice.program))
+    put(root, planned)
+    vars(root)["_autoplan_plan"] = plan
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that `model` runs. Raises AutoplanError when it has none (yet)."""
+    plan = vars(unwrap(model)).get("_autoplan_plan")
+    if not isinstance(plan, Plan):
+        raise AutoplanError(
+            "this model has no plan: call autoplan(model, inputs), or run a model from autoplan(model) once"
+        )
+    return plan
+
+
+def stand_ins(model: nn.Module, names: tuple[str, ...], candidate: str, program: str) -> dict[str, PlannedLinear]:
+    """Planned layers for the Linears of these names, which run one weight: it is quantized once and held once."""
+    made: dict[int, PlannedLinear] = {}
+    first: PlannedLinear | None = None
+    for name in names:
+        linear = model.get_submodule(name)
+        if not isinstance(linear, nn.Linear):
+            raise AutoplanError(f"layer {name!r} is a {type(linear).__name__}, not an nn.Linear")
+        if id(linear) not in made:
+            if first is None:
+                made[id(linear)] = first = PlannedLinear.from_linear(name, linear, find_candidate(candidate), program)
+            else:
+                made[id(linear)] = first.sharing_weight(name, linear)
+    return {name: made[id(model.get_submodule(name))] for name in names}
+
+
+def put(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Set the modules at these dotted names; returns those that were there."""
+    previous = {name: model.get_submodule(name) for name in layers}
+    for name, layer in layers.items():
+        parent, _, attribute = name.rpartition(".")
+        model.get_submodule(parent)._modules[attribute] = layer
+    return previous
+
+
+@contextmanager
+def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`model` with these layers inside the block, and as it was after it."""
+    previous = put(model, layers)
+    try:
+        yield
+    finally:
+        put(model, previous)
+
+
+def _check_match(model: nn.Module, plan: Plan, check_weights: bool) -> None:
+    wrong = []
+    digests: dict[str, Any] = plan.fingerprints.get("model", {}).get("layers", {})
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for layer in plan.layers:
+        for name in (layer.name, *layer.aliases):
+            module = modules.get(name)
+            planned = f"{layer.out_features}x{layer.in_features} {layer.dtype}"
+            if not isinstance(module, nn.Linear):
+                found = "is missing" if module is None else f"is a {type(module).__name__}, not an nn.Linear"
+                wrong.append(f"{name} {found}")
+                continue
+            actual = f"{module.out_features}x{module.in_features} {dtype_name(module.weight.dtype)}"
+            if actual != planned:
+                wrong.append(f"{name} is {actual}, planned for {planned}")
+            elif (module.bias is not None) != layer.has_bias:
+                wrong.append(f"{name} has {'a' if module.bias is not None else 'no'} bias, unlike the planned layer")
+        planned_digest = digests.get(layer.name, {}).get("digest")
+        module = modules.get(layer.name)
+        if not (check_weights and planned_digest and isinstance(module, nn.Linear)):
+            continue
+        if tensor_digest(module.weight) != planned_digest:
+            wrong.append(f"{layer.name} has other weights")
+    if wrong:
+        listed = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        remedy = ' (weights="skip" applies it regardless)' if all(w.endswith("other weights") for w in wrong) else ""
+        raise PlanMismatchError(f"this plan was made for another model: {listed}{remedy}. Plan this model anew")

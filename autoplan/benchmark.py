@@ -1,0 +1,273 @@
+"""What has to be timed, and timing it: each distinct shape once, whatever the number of layers."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import types
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoplan import timing
+from autoplan.cache.fingerprint import digest, source_digest
+from autoplan.cache.store import PlanCache, entry
+from autoplan.candidates import Candidate
+from autoplan.errors import CacheError
+from autoplan.kernels import packing
+from autoplan.kernels.ops import Kernel
+from autoplan.layers import PlannedLinear
+from autoplan.records import LayerProfile, Measurement, Shape
+
+BASELINE = ("none", "linear")
+MARGIN = 0.02
+_BUCKETS: list[int] = sorted({*range(1, 17), *(2**k for k in range(5, 24)), *(3 * 2 ** (k - 1) for k in range(4, 24))})
+_MAX_COPIES = 64
+_RACE_SECONDS = 20.0
+
+Key = tuple[Shape, str, str]  # shape, candidate, kernel
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A kernel of a candidate that has to be timed at a shape."""
+
+    candidate: Candidate
+    kernel: Kernel
+
+
+def bucket_rows(rows: int) -> int:
+    """The rows that are timed for `rows`: exact to 16, then the next power of two or its 1.5 multiple."""
+    return _BUCKETS[min(bisect_left(_BUCKETS, max(rows, 1)), len(_BUCKETS) - 1)]
+
+
+def shapes_of(profile: LayerProfile, mode: str) -> dict[Shape, dict[str, float]]:
+    """The shapes a layer has to be timed at, each with how often it is called per workload."""
+    shapes: dict[Shape, dict[str, float]] = {}
+    for call in profile.calls:
+        if call.rows:
+            shape = Shape(
+                rows=bucket_rows(call.rows),
+                in_features=profile.in_features,
+                out_features=profile.out_features,
+                has_bias=profile.has_bias,
+                dtype=call.dtype,
+                weight_dtype=profile.dtype,
+                device=profile.device,
+                mode=mode,
+            )
+            counts = shapes.setdefault(shape, {})
+            counts[call.workload] = counts.get(call.workload, 0.0) + call.count
+    return shapes
+
+
+def measure(
+    wanted: Mapping[Shape, Sequence[Contender]],
+    environment: Mapping[str, Any],
+    cache: PlanCache | None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    seconds_left: Callable[[], float] = lambda: math.inf,
+) -> dict[Key, Measurement]:
+    """Time what is wanted and not in the cache, one race per shape, plain `F.linear` in every round.
+
+    Once `seconds_left()` says none, what was not timed is absent from the answer.
+    """
+    found: dict[Key, Measurement] = {}
+    for done, (shape, contenders) in enumerate(wanted.items()):
+        if progress:
+            progress("timing", done, len(wanted))
+        missing = []
+        for contender in contenders:
+            key = (shape, contender.candidate.name, contender.kernel.name)
+            known = cache.get("timings", digest(_fingerprint(shape, contender, environment))) if cache else None
+            measurement = _from_record(shape, known["value"]) if known else None
+            if measurement is None:
+                missing.append(contender)
+            else:
+                found[key] = measurement
+        if not missing or seconds_left() <= 0:
+            continue
+        measured = _race(shape, missing, seed, min(_RACE_SECONDS, seconds_left()))
+        found.update({(shape, m.candidate, m.kernel): m for m in measured})
+        if cache:
+            by_key = {(c.candidate.name, c.kernel.name): c for c in missing}
+            records = [
+                entry(_fingerprint(shape, by_key[m.candidate, m.kernel], environment), _to_value(m)) for m in measured
+            ]
+            cache.put_many("timings", dict(records))
+    if progress:
+        progress("timing", len(wanted), len(wanted))
+    return found
+
+
+def candidate_digest(candidate: Candidate) -> str:
+    """A digest of the source that defines a candidate; its name where there is no file (a notebook)."""
+    module = sys.modules.get(type(candidate).__module__)
+    try:
+        return source_digest(module) if isinstance(module, types.ModuleType) else candidate.name
+    except (CacheError, TypeError):
+        return candidate.name
+
+
+def _fingerprint(shape: Shape, contender: Contender, environment: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "environment": dict(environment),
+        "shape": asdict(shape),
+        "candidate": contender.candidate.name,
+        "candidate_source": candidate_digest(contender.candidate),
+        "kernel": contender.kernel.name,
+        "timer": {"margin": MARGIN, "max_copies": _MAX_COPIES, "version": 1},
+    }
+
+
+def _to_value(measurement: Measurement) -> dict[str, Any]:
+    value = {key: item for key, item in asdict(measurement).items() if key != "shape"}
+    return {key: None if item == math.inf else item for key, item in value.items()}  # files hold finite numbers
+
+
+def _from_record(shape: Shape, value: Mapping[str, Any]) -> Measurement | None:
+    try:
+        numbers = {name: math.inf if value[name] is None else float(value[name])
+                   for name in ("baseline_us", "ratio", "ratio_low", "ratio_high")}  # fmt: skip
+        texts = {name: str(value[name]) for name in ("candidate", "kernel", "note")}
+        measurement = Measurement(shape=shape, rounds=int(value["rounds"]), **numbers, **texts)  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError):
+        return None
+    sound = 0 < measurement.baseline_us < math.inf and 0 <= measurement.ratio_low <= measurement.ratio_high
+    return measurement if sound and measurement.ratio > 0 else None
+
+
+def _race(shape: Shape, contenders: Sequence[Contender], seed: int, max_seconds: float) -> list[Measurement]:
+    """One race at one shape: random weights, as many copies of each as it takes to leave the caches."""
+    generator = torch.Generator().manual_seed(seed)
+    weight_dtype, dtype = getattr(torch, shape.weight_dtype), getattr(torch, shape.dtype)
+    size = (shape.out_features, shape.in_features)
+    weight = (torch.randn(size, generator=generator) * 0.02).to(weight_dtype)
+    bias = torch.randn(shape.out_features, generator=generator).to(weight_dtype) if shape.has_bias else None
+    x = torch.randn((shape.rows, shape.in_features), generator=generator).to(dtype)
+    copies = _copies(weight.numel() * weight.element_size() * (1 + len(contenders) / 2))
+    plain = [weight.to(dtype).clone() for _ in range(copies)]  # under autocast, torch keeps the cast weight too
+    plain_bias = None if bias is None else bias.to(dtype)
+    arms = [timing.Arm("/".join(BASELINE), BASELINE[0], [_plain_call(x, w, plain_bias, shape.mode) for w in plain])]
+    failures = []
+    canonical: dict[str, packing.Canonical] = {}
+    with torch.no_grad():
+        for contender in contenders:
+            candidate, kernel = contender.candidate, contender.kernel
+            if (candidate.name, kernel.name) == BASELINE:
+                continue
+            try:
+                if candidate.name not in canonical:
+                    canonical[candidate.name] = candidate.quantize(weight)
+                calls = _calls(shape, contender, canonical[candidate.name], x, bias, copies)
+            except Exception as error:  # reported as this kernel's result, like an exception while it is timed
+                failures.append((contender, f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"))
+                continue
+            arms.append(timing.Arm(f"{candidate.name}/{kernel.name}", candidate.name, calls))
+        results = timing.race(arms, baseline="/".join(BASELINE), margin=MARGIN, max_seconds=max_seconds, seed=seed)
+    baseline_us = results["/".join(BASELINE)].baseline_us
+    measured = []
+    for result in results.values():
+        candidate_name, _, kernel_name = result.name.partition("/")
+        measured.append(Measurement(shape, candidate_name, kernel_name, baseline_us, result.ratio, result.ratio_low,
+                                    result.ratio_high, result.rounds, result.note))  # fmt: skip
+    for contender, note in failures:
+        measured.append(Measurement(shape, contender.candidate.name, contender.kernel.name, baseline_us, math.inf,
+                                    math.inf, math.inf, 0, note))  # fmt: skip
+    wanted = {(c.candidate.name, c.kernel.name) for c in contenders}
+    return [m for m in measured if (m.candidate, m.kernel) in wanted]
+
+
+def _plain_call(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str) -> Callable[[], object]:
+    if mode == "compiled":  # a compiled graph calls the matrix product without a module around it
+        return lambda: F.linear(x, weight, bias)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return lambda: layer(x)
+
+
+def _calls(
+    shape: Shape, contender: Contender, canonical: packing.Canonical, x: Tensor, bias: Tensor | None, copies: int
+) -> list[Callable[[], object]]:
+    """One callable per copy of the packed weight, run the way the planned model will run it."""
+    kernel, program = contender.kernel, f"1:{contender.kernel.name}"
+    copied = [{key: tensor.clone() for key, tensor in canonical.items()} for _ in range(copies)]
+    if shape.mode == "compiled":
+        packed = [kernel.pack(tensors) for tensors in copied]
+        run = _compiled(kernel, x, packed[0], bias)
+        if run is None:
+
+            def run(x: Tensor, bias: Tensor | None, *packed: Tensor) -> object:
+                return torch.ops.autoplan.linear(x, packed, bias, program, shape.out_features, x.dtype)
+
+        return [functools.partial(run, x, bias, *tensors) for tensors in packed]
+    parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    layers = [
+        PlannedLinear("timed", contender.candidate.name, program, tensors, parameter,
+                      size=(shape.out_features, shape.in_features), dtype=x.dtype)
+        for tensors in copied
+    ]  # fmt: skip
+    return [functools.partial(layer, x) for layer in layers]
+
+
+def _compiled(kernel: Kernel, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None) -> Any:
+    """The kernel's inline form through Inductor, or None when there is nothing in it that Inductor could fuse.
+
+    Goes round Dynamo, so that nothing counts against anyone's recompile limit.
+    """
+    if kernel.inline is None:
+        return None
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    inline, dtype = kernel.inline, x.dtype
+
+    def traced(x: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
+        return inline(x, packed, bias, dtype)
+
+    graph = make_fx(traced, tracing_mode="fake")(x, bias, *packed)
+    if sum(node.op == "call_function" for node in graph.graph.nodes) <= 1:
+        return None
+    from torch._inductor import compile as inductor_compile
+
+    return inductor_compile(graph, [x, bias, *packed])
+
+
+def _copies(bytes_a_round: float) -> int:
+    """So many copies of each weight that one turn through all arms' copies overflows the last-level cache.
+
+    At least 2, at most 64 (small layers stay in the caches of a real model too).
+    """
+    return max(2, min(_MAX_COPIES, math.ceil(1.2 * last_level_cache_bytes() / bytes_a_round)))
+
+
+def last_level_cache_bytes() -> int:
+    """The largest cache of CPU 0 that Linux names; 32 MiB where it names none."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        if text[:-1].isdigit() and text[-1] in units:
+            sizes.append(int(text[:-1]) * units[text[-1]])
+    return max(sizes, default=32 << 20)
+
+
+def kernel_measurements(
+    found: Mapping[Key, Measurement], shapes: Iterable[Shape], candidate: str
+) -> dict[str, list[Measurement]]:
+    """Per kernel of a candidate, its measurements at all of `shapes`; a kernel that misses one is left out."""
+    shapes = list(shapes)
+    kernels = {kernel for shape, name, kernel in found if name == candidate and shape in shapes}
+    complete = {kernel: [found.get((shape, candidate, kernel)) for shape in shapes] for kernel in sorted(kernels)}
+    return {kernel: [m for m in own if m] for kernel, own in complete.items() if all(own)}

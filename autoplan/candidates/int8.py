@@ -1,0 +1,35 @@
+"""int8 weights, one scale per output channel; activations left as they are, or int8 with one scale per row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autoplan.candidates.base import Candidate, register_candidate
+from autoplan.kernels.packing import Canonical, quantize_per_channel
+
+
+class Int8WeightOnly(Candidate):
+    """W8A16: per-channel int8 weights, float activations."""
+
+    name = "int8_weight_only"
+    tensors = ("codes", "scale")
+    kernels = ("int8pack", "dequantize_int8")
+
+    def quantize(self, weight: Tensor) -> Canonical:
+        return quantize_per_channel(weight, torch.int8)
+
+
+class Int8Dynamic(Int8WeightOnly):
+    """W8A8: per-channel int8 weights, int8 activations whose scale is each row's absmax / 127, found at each call."""
+
+    name = "int8_dynamic"
+    kernels = ("onednn_u8s8", "int_mm")
+
+    def linear(self, x: Tensor, canonical: Canonical, bias: Tensor | None) -> Tensor:
+        scale = (x.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-30)
+        return super().linear((x / scale).round() * scale, canonical, bias)
+
+
+register_candidate(Int8WeightOnly())
+register_candidate(Int8Dynamic())

@@ -1,0 +1,240 @@
+"""Divergence: how far a changed model's main output is from the float model's, and the inputs it is judged on.
+
+For logits: mean KL(float || changed) in nats per token. Otherwise: norm(y - q)^2 / norm(y)^2. Both are ratios of
+two sums over samples, which is what `Terms` holds, so that samples can be pooled and resampled.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from autoplan.errors import AutoplanError
+from autoplan.recorder import ModelInput
+from autoplan.records import Estimate
+
+OutputPicker = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Numerator and denominator of the divergence, one row per sample: [samples, 2], float64."""
+
+    values: NDArray[np.float64]
+
+    def divergence(self) -> float:
+        numerator, denominator = self.values.sum(axis=0)
+        return float(numerator / denominator) if denominator else float(numerator)
+
+    def estimate(self, seed: int = 0, resamples: int = 1000) -> Estimate:
+        """The divergence with a 95 % bootstrap interval over samples (percentile method, Efron 1979)."""
+        generator = np.random.default_rng(seed)
+        picks = generator.integers(len(self.values), size=(resamples, len(self.values)))
+        sums = self.values[picks].sum(axis=1)
+        ratios = sums[:, 0] / np.maximum(sums[:, 1], np.finfo(np.float64).tiny)
+        low, high = np.quantile(ratios, (0.025, 0.975))
+        return Estimate(self.divergence(), float(low), float(high))
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The float model's main output for one input, with the positions that count."""
+
+    model_input: ModelInput
+    output: Tensor
+    mask: Tensor | None  # bool, over the leading dimensions of the output
+    logits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Disjoint inputs for scoring, for validating plans, and for the final figures."""
+
+    scoring: tuple[ModelInput, ...]
+    validation: tuple[ModelInput, ...]
+    final: tuple[ModelInput, ...]
+    held_out: bool  # False when there was a single sample, used three times
+
+
+@contextmanager
+def undisturbed(model: nn.Module, eager: bool = True) -> Iterator[None]:
+    """Extra forwards inside leave no trace: eval mode, no gradients, eager (unless told otherwise).
+
+    Buffers, RNG and train flags are restored.
+    """
+    training = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        stance = torch.compiler.set_stance("force_eager" if eager else "default")
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), stance:
+            model.eval()
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                if not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
+
+
+def call(model: nn.Module, model_input: ModelInput) -> Any:
+    """Run the model on a copy of a recorded input, moved to the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    args, kwargs = tree_map(
+        lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else copy.deepcopy(leaf),
+        (model_input.args, model_input.kwargs),
+    )
+    return model(*args, **kwargs)
+
+
+def main_output(result: Any, picker: OutputPicker | None = None) -> tuple[Tensor, bool]:
+    """The output that is judged, and whether it is logits: `.logits`, else the first floating tensor.
+
+    Raises AutoplanError when there is none, or when the user's `output=` callable returns something else.
+    """
+    if picker is not None:
+        picked = picker(result)
+        if not isinstance(picked, Tensor) or not picked.is_floating_point():
+            raise AutoplanError(f"output= must return a floating tensor, and returned {type(picked).__name__}")
+        return picked, False
+    logits = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits, True
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf, False
+    raise AutoplanError(
+        f"the model's forward returned {type(result).__name__} with no floating tensor in it; "
+        "pass output=callable to say which output counts"
+    )
+
+
+def references(model: nn.Module, inputs: Sequence[ModelInput], picker: OutputPicker | None) -> list[Reference]:
+    """Run the float model on `inputs`, to compare against later. Raises AutoplanError when its output is not finite."""
+    found = []
+    for model_input in inputs:
+        output, logits = main_output(call(model, model_input), picker)
+        mask = _attention_mask(model, model_input, output)
+        counted = output if mask is None else output[mask]
+        if not bool(torch.isfinite(counted).all()):
+            raise AutoplanError("the float model's own output is not finite on the recorded inputs: nothing to compare")
+        found.append(Reference(model_input, output, mask, logits))
+    return found
+
+
+def compare(model: nn.Module, against: Sequence[Reference], picker: OutputPicker | None) -> Terms:
+    """The divergence terms of `model`, as it is now, against recorded float outputs."""
+    rows = []
+    for reference in against:
+        output, _ = main_output(call(model, reference.model_input), picker)
+        rows.append(_terms(reference, output))
+    return Terms(np.concatenate(rows))
+
+
+def _attention_mask(model: nn.Module, model_input: ModelInput, output: Tensor) -> Tensor | None:
+    """The recorded attention_mask [batch, tokens], if the output has those two dimensions in front."""
+    mask = model_input.kwargs.get("attention_mask")
+    if mask is None and model_input.args:
+        try:
+            bound = inspect.signature(model.forward).bind(*model_input.args, **model_input.kwargs)
+            mask = bound.arguments.get("attention_mask")
+        except (TypeError, ValueError):
+            return None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and output.dim() >= 2 and mask.shape == output.shape[:2]:
+        return mask.to(output.device).bool()
+    return None
+
+
+def _terms(reference: Reference, output: Tensor) -> NDArray[np.float64]:
+    y, q = reference.output.float(), output.float()
+    if y.shape != q.shape:
+        raise AutoplanError(f"the model's output changed its shape from {list(y.shape)} to {list(q.shape)}")
+    if y.dim() < 2:
+        y, q = y.reshape(1, -1), q.reshape(1, -1)
+    if reference.logits:
+        numerator = F.kl_div(F.log_softmax(q, -1), F.log_softmax(y, -1), reduction="none", log_target=True).sum(-1)
+        denominator = torch.ones_like(numerator)
+    else:
+        numerator, denominator = (y - q).square().sum(-1), y.square().sum(-1)
+    if reference.mask is not None:
+        numerator = torch.where(_like(reference.mask, numerator), numerator, 0)
+        denominator = torch.where(_like(reference.mask, denominator), denominator, 0)
+    pair = torch.stack((numerator.flatten(1).sum(1) if numerator.dim() > 1 else numerator,
+                        denominator.flatten(1).sum(1) if denominator.dim() > 1 else denominator), dim=1)  # fmt: skip
+    # a changed model that gives NaN is infinitely far away; it must never look close
+    result: NDArray[np.float64] = torch.nan_to_num(pair.double(), nan=torch.inf).cpu().numpy()
+    return result
+
+
+def _like(mask: Tensor, values: Tensor) -> Tensor:
+    return mask.reshape(mask.shape + (1,) * (values.dim() - mask.dim()))
+
+
+def split_inputs(model: nn.Module, inputs: Sequence[ModelInput], max_scoring_samples: int = 16) -> Split:
+    """Three disjoint parts of the recorded inputs: whole batches where a workload has three, else by sample.
+
+    A batch is cut along the first dimension only if the model gives the same output sizes for the parts.
+    Call inside `undisturbed`.
+    """
+    parts: tuple[list[ModelInput], ...] = ([], [], [])
+    held_out = True
+    for workload in dict.fromkeys(item.workload for item in inputs):
+        own = [item for item in inputs if item.workload == workload]
+        if len(own) < 3:
+            own = [piece for item in own for piece in _cut(model, item)]
+        if len(own) < 3:
+            held_out = False
+            for part in parts:
+                part.extend(own)
+            continue
+        for i, part in enumerate(parts):
+            part.extend(own[i::3])
+    scoring, samples = [], 0
+    for item in parts[0]:
+        if samples and samples + _batch_size(item) > max_scoring_samples:
+            break
+        samples += _batch_size(item)
+        scoring.append(item)
+    return Split(tuple(scoring), tuple(parts[1]), tuple(parts[2]), held_out)
+
+
+def _batch_size(item: ModelInput) -> int:
+    tensors = [t for t in tree_leaves((item.args, item.kwargs)) if isinstance(t, Tensor) and t.dim()]
+    return tensors[0].shape[0] if tensors else 1
+
+
+def _cut(model: nn.Module, item: ModelInput) -> list[ModelInput]:
+    """One batch as three, if its tensors share a first dimension of at least three and the model bears it."""
+    size = _batch_size(item)
+    if size < 3:
+        return [item]
+    bounds = [0, size // 3, 2 * size // 3, size]
+    pieces = []
+    for low, high in itertools.pairwise(bounds):
+        args, kwargs = tree_map(
+            lambda leaf, low=low, high=high: (
+                leaf[low:high] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size else leaf
+            ),
+            (item.args, item.kwargs),
+        )
+        pieces.append(replace(item, args=args, kwargs=kwargs))
+    try:
+        shapes = [main_output(call(model, piece))[0].shape for piece in pieces]
+        whole = main_output(call(model, item))[0].shape
+    except Exception:  # a model that does not bear a smaller batch: it is then judged on the whole one
+        return [item]
+    as_expected = [torch.Size((high - low, *whole[1:])) for low, high in itertools.pairwise(bounds)]
+    return pieces if whole and whole[0] == size and shapes == as_expected else [item]

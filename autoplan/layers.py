@@ -1,0 +1,204 @@
+"""The one module that stands in for an `nn.Linear`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoplan.candidates import Candidate
+from autoplan.errors import AutoplanError
+from autoplan.kernels import packing
+from autoplan.kernels.ops import Packed, dense_weight, parse_program
+
+
+class PlannedLinear(nn.Module):
+    """A linear layer that runs one candidate, each call on the kernel that the plan chose for its rows.
+
+    `state_dict()` holds the candidate's canonical tensors (`codes`, `scale`, ...) and the bias, whatever kernels run;
+    in memory lives only the form the kernels want, from which the canonical one is recovered exactly. Moving,
+    copying, pickling and loading go through the canonical form. On the meta device there is nothing to pack, so
+    the canonical tensors themselves are held until real ones are loaded.
+
+    Attributes:
+        candidate: name of the numeric recipe.
+        program: from how many rows on which kernel runs, such as "1:int8pack,24:dequantize_int8".
+        dtype: the float dtype that the layer takes and returns.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        name: str,
+        candidate: str,
+        program: str,
+        canonical: packing.Canonical,
+        bias: nn.Parameter | None,
+        *,
+        size: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.name, self.candidate, self.program = name, candidate, program
+        self.out_features, self.in_features = size
+        self.dtype = dtype
+        self.register_parameter("bias", bias)
+        self._hold(canonical)
+
+    @classmethod
+    def from_linear(cls, name: str, linear: nn.Linear, candidate: Candidate, program: str) -> PlannedLinear:
+        """A stand-in for `linear`, sharing its bias, hooks and train flag. Raises AutoplanError naming the layer."""
+        try:
+            canonical = candidate.quantize(linear.weight.detach())
+            planned = cls(
+                name,
+                candidate.name,
+                program,
+                canonical,
+                linear.bias,
+                size=(linear.out_features, linear.in_features),
+                dtype=linear.weight.dtype,
+            )
+        except Exception as error:
+            raise AutoplanError(
+                f"layer {name!r} ({linear.out_features}x{linear.in_features}, {linear.weight.dtype}) cannot be turned "
+                f"into {candidate.name} running {program}: {type(error).__name__}: {error}. "
+                f"Exclude it with exclude=[{name!r}]"
+            ) from error
+        planned.adopt(linear)
+        return planned
+
+    def sharing_weight(self, name: str, linear: nn.Linear) -> PlannedLinear:
+        """A stand-in for another Linear that runs the same weight: held once; bias and hooks are its own."""
+        twin = PlannedLinear.__new__(PlannedLinear)
+        nn.Module.__init__(twin)
+        vars(twin).update(
+            {key: value for key, value in vars(self).items() if not key.startswith("_") and key != "name"}
+        )
+        twin.name, twin._packed, twin._canonical, twin._inline = name, self._packed, self._canonical, self._inline
+        twin.register_parameter("bias", linear.bias)
+        twin.adopt(linear)
+        return twin
+
+    def adopt(self, linear: nn.Module) -> None:
+        """Take over the train flag and the user's hooks of the layer that this one stands in for."""
+        self.training = linear.training
+        for attribute in vars(linear):
+            if attribute.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+                object.__setattr__(self, attribute, getattr(linear, attribute))
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = self.dtype
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+            input = input.to(dtype)
+        if input.dtype != dtype or input.shape[-1] != self.in_features:
+            raise RuntimeError(
+                f"layer {self.name!r} takes {dtype} inputs [..., {self.in_features}] "
+                f"and was given {input.dtype} {list(input.shape)}"
+            )
+        if self._packed is None:
+            raise RuntimeError(f"layer {self.name!r} is on the meta device: load a state_dict with assign=True first")
+        x = input.reshape(-1, self.in_features).contiguous()
+        if self._inline is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            y = self._inline(x, self._packed, self.bias, dtype)
+        else:
+            y = torch.ops.autoplan.linear(x, self._packed, self.bias, self.program, self.out_features, dtype)
+        return y.view(*input.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight [out_features, in_features] that this layer stands for, computed anew at each access."""
+        if self._packed is None:
+            return packing.dequantize(self._canonical, self.dtype)
+        return dense_weight(self._packed, self.program, self.dtype)
+
+    def canonical(self) -> packing.Canonical:
+        """The canonical tensors, as `state_dict()` shows them."""
+        if self._packed is None:
+            return dict(self._canonical)
+        _, kernels, slices = parse_program(self.program)
+        return kernels[0].unpack(self._packed[slices[0]])
+
+    def nbytes(self) -> int:
+        """Bytes that the weight takes in memory (bias not counted): what the kernels hold, each tensor once."""
+        return packing.nbytes(list(self._packed or self._canonical.values()))
+
+    def _hold(self, canonical: packing.Canonical) -> None:
+        """Pack `canonical` for the kernels of the program; nothing changes if that fails."""
+        _, kernels, _ = parse_program(self.program)
+        packed: list[Tensor] | None = None
+        if not any(tensor.is_meta for tensor in canonical.values()):
+            packed = [tensor for kernel in kernels for tensor in kernel.pack(canonical)]
+        self._packed: Packed | None = packed
+        self._canonical = canonical if packed is None else {}
+        self._inline = kernels[0].inline if len(kernels) == 1 else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PlannedLinear:
+        """Follow `.to()`: codes and scales change device only; a float weight in the model's own dtype changes both."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        canonical = self.canonical()
+        device = next(iter(canonical.values())).device
+        moved = fn(torch.empty(0, dtype=self.dtype, device=device))
+        if moved.device != device or moved.dtype != self.dtype:
+            follows_dtype = self.candidate == "none"
+            self._hold({key: fn(t) if follows_dtype else t.to(moved.device) for key, t in canonical.items()})
+            self.dtype = moved.dtype
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, tensor in self.canonical().items():
+            destination[prefix + key] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        held = self.canonical()
+        keys = {key: prefix + key for key in held}
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in keys.values()]
+        missing = [key for key in keys.values() if key not in state_dict]
+        if missing:
+            missing_keys.extend(missing if strict else [])
+            return
+        loaded = {key: state_dict[keys[key]] for key in held}
+        for key, tensor in loaded.items():
+            if tensor.shape != held[key].shape or tensor.dtype != held[key].dtype:
+                error_msgs.append(
+                    f"{keys[key]} ({self.candidate}) is {tensor.dtype} {list(tensor.shape)} here, but the "
+                    f"planned layer holds {held[key].dtype} {list(held[key].shape)}: apply the plan it was saved under"
+                )
+                return
+        device = next(iter(held.values())).device
+        if device.type == "meta":  # as load_state_dict(assign=True) does: take the file's tensors where they are
+            device = next(iter(loaded.values())).device
+        self._hold({key: tensor.detach().to(device, copy=True) for key, tensor in loaded.items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plain tensors only: oneDNN's packed weights can be neither copied nor saved, and float8 not pickled."""
+        state = {key: value for key, value in vars(self).items() if key not in ("_packed", "_inline")}
+        bytewise = {k: t.view(torch.uint8) if t.itemsize == 1 else t for k, t in self.canonical().items()}
+        return state | {"_canonical": bytewise, "_dtypes": {k: t.dtype for k, t in self.canonical().items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        dtypes = state.pop("_dtypes")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._hold({key: tensor.view(dtypes[key]) for key, tensor in state["_canonical"].items()})
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"candidate={self.candidate}, kernels={self.program}"
+        )

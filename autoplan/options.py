@@ -1,0 +1,199 @@
+"""What a layer may choose from: each candidate's kernels, time and harm, or the reason it is out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from autoplan import benchmark
+from autoplan.benchmark import BASELINE, MARGIN, Contender, Key
+from autoplan.candidates import Candidate
+from autoplan.kernels.ops import Kernel
+from autoplan.records import Device, LayerPlan, LayerProfile, Measurement, Option, Sensitivity, Shape
+from autoplan.selection import PLAIN, kernel_names
+
+SQNR_FLOOR_DB = 10.0
+_NOT_TIMED = "not timed: max_seconds ran out"
+SHOWN_DB = 999.0  # stands for a layer output that is exactly equal
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the caller asked for that bears on single layers."""
+
+    mode: str  # "eager" or "compiled"
+    workload_weights: Mapping[str, float]
+    pinned: Mapping[str, str] = field(default_factory=dict)  # layer -> candidate
+    group_of: Mapping[str, str] = field(default_factory=dict)  # layer -> group
+    wants_bytes: bool = False  # then what is smaller stays in, even if it is slower
+    batch_invariant: bool = False  # one kernel per layer
+
+
+@dataclass(frozen=True, slots=True)
+class Menu:
+    """The candidates of one layer before anything is measured."""
+
+    profile: LayerProfile
+    kernels: Mapping[Candidate, tuple[Kernel, ...]]
+    rejected: Mapping[Candidate, str]
+
+
+def screen(profile: LayerProfile, candidates: Iterable[Candidate], device: Device) -> Menu:
+    """Which candidates the layer can use at all, on which kernels, and why not the others."""
+    usable: dict[Candidate, tuple[Kernel, ...]] = {}
+    rejected: dict[Candidate, str] = {}
+    for candidate in candidates:
+        kernels, reasons = candidate.usable_kernels(profile)
+        reason = candidate.rejects(profile, device)
+        if reason is None and not kernels:
+            listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+            reason = listed or f"it has no kernel for {profile.device}"
+        if reason is None:
+            usable[candidate] = kernels
+        else:
+            rejected[candidate] = reason
+    return Menu(profile, usable, rejected)
+
+
+def to_time(menus: Iterable[Menu], mode: str) -> dict[Shape, list[Contender]]:
+    """Every kernel of every candidate at every shape that some layer needs, each once."""
+    wanted: dict[Shape, dict[tuple[str, str], Contender]] = {}
+    for menu in menus:
+        for shape in benchmark.shapes_of(menu.profile, mode):
+            contenders = wanted.setdefault(shape, {})
+            for candidate, kernels in menu.kernels.items():
+                for kernel in kernels:
+                    contenders[candidate.name, kernel.name] = Contender(candidate, kernel)
+    return {shape: list(contenders.values()) for shape, contenders in wanted.items()}
+
+
+def with_times(menu: Menu, found: Mapping[Key, Measurement], rules: Rules) -> LayerPlan:
+    """The layer with every candidate's time, those rejected that cannot win. Nothing is chosen yet (`none` stands)."""
+    profile = menu.profile
+    calls = {
+        shape: sum(rules.workload_weights.get(workload, 1.0) * count for workload, count in counts.items())
+        for shape, counts in benchmark.shapes_of(profile, rules.mode).items()
+    }
+    plain = [found.get((shape, *BASELINE)) for shape in calls]
+    baseline_us = sum(m.baseline_us * times for m, times in zip(plain, calls.values(), strict=True) if m)
+    options = [Option(candidate.name, rejected=reason) for candidate, reason in menu.rejected.items()]
+    for candidate in menu.kernels:
+        if all(plain):
+            options.append(_timed(candidate, found, calls, rules.batch_invariant))
+        elif candidate.name == "none":
+            options.append(Option("none", PLAIN, us=0.0, us_low=0.0, us_high=0.0))
+        else:
+            options.append(Option(candidate.name, rejected=_NOT_TIMED))
+    options.sort(key=lambda option: (option.candidate != "none", option.candidate))
+    return LayerPlan(
+        name=profile.name,
+        aliases=profile.aliases,
+        in_features=profile.in_features,
+        out_features=profile.out_features,
+        has_bias=profile.has_bias,
+        dtype=profile.dtype,
+        calls=profile.calls,
+        baseline_us=baseline_us,
+        chosen="none",
+        reason="",
+        options=tuple(_gate(options, baseline_us, rules.pinned.get(profile.name), rules.wants_bytes)),
+        group=rules.group_of.get(profile.name, ""),
+    )
+
+
+def with_scores(
+    layer: LayerPlan, scores: Mapping[tuple[str, str], Sensitivity], nbytes: Callable[[LayerPlan, Option], int]
+) -> LayerPlan:
+    """The layer with every open option's harm, SQNR and bytes, those rejected that fall below the SQNR floor."""
+    options = []
+    for option in layer.options:
+        if option.rejected:
+            options.append(option)
+        elif option.candidate == "none":
+            options.append(replace(option, harm=0.0, nbytes=nbytes(layer, option)))
+        else:
+            score = scores.get((layer.name, option.candidate))
+            options.append(
+                _scored(replace(option, nbytes=nbytes(layer, option)), score)
+                if score
+                else replace(option, rejected="not scored: max_seconds ran out")
+            )
+    return replace(layer, options=tuple(options))
+
+
+def _scored(option: Option, score: Sensitivity) -> Option:
+    option = replace(
+        option,
+        harm=score.harm if math.isfinite(score.harm) else None,
+        sqnr_db=None if score.sqnr_db == -math.inf else min(score.sqnr_db, SHOWN_DB),
+    )
+    if score.sqnr_db < SQNR_FLOOR_DB:
+        shown = "not finite" if option.sqnr_db is None else f"{score.sqnr_db:.1f} dB, below {SQNR_FLOOR_DB:.0f} dB"
+        return replace(option, rejected=f"SQNR on recorded rows is {shown}")
+    return option if option.harm is not None else replace(option, rejected="the model's output is not finite with it")
+
+
+def _timed(
+    candidate: Candidate, found: Mapping[Key, Measurement], calls: Mapping[Shape, float], batch_invariant: bool
+) -> Option:
+    """The candidate on its best kernels: one for all rows, unless several are faster by more than the margin."""
+    times = list(calls.values())
+
+    def total(measurements: Sequence[Measurement], bound: str = "ratio") -> float:
+        return sum(float(m.baseline_us * getattr(m, bound) * n) for m, n in zip(measurements, times, strict=True))
+
+    per_kernel = benchmark.kernel_measurements(found, calls, candidate.name)
+    finite = {kernel: own for kernel, own in per_kernel.items() if math.isfinite(total(own, "ratio_high"))}
+    if not finite:
+        notes = sorted({f"{m.kernel}: {m.note}" for own in per_kernel.values() for m in own if m.note})
+        return Option(candidate.name, rejected="; ".join(notes) or _NOT_TIMED)
+    single = min(finite, key=lambda kernel: (total(finite[kernel]), kernel))
+    plain = finite.get(BASELINE[1]) if candidate.name == "none" else None
+    if plain and total(finite[single], "ratio_high") >= (1 - MARGIN) * total(plain):
+        single = BASELINE[1]  # ties go to the layer as it is
+    best, program = finite[single], f"1:{single}"
+    if len(times) > 1 and not batch_invariant:
+        mixed = [min((own[i] for own in finite.values()), key=lambda m: (m.ratio, m.kernel)) for i in range(len(times))]
+        if total(mixed) < (1 - MARGIN) * total(best):
+            best, program = mixed, _program(mixed)
+    return Option(candidate.name, program, total(best), total(best, "ratio_low"), total(best, "ratio_high"))
+
+
+def _program(measurements: Sequence[Measurement]) -> str:
+    """Kernels by rows; rows that were never seen go to the nearest ones that were, on a logarithmic scale."""
+    by_rows: dict[int, str] = {}
+    for m in measurements:
+        by_rows.setdefault(m.shape.rows, m.kernel)
+    steps: list[tuple[int, str]] = []
+    previous = 0
+    for rows, kernel in sorted(by_rows.items()):
+        if not steps or steps[-1][1] != kernel:
+            steps.append((int(math.sqrt(previous * rows)) + 1, kernel))
+        previous = rows
+    return ",".join(f"{start}:{kernel}" for start, kernel in steps)
+
+
+def _gate(options: list[Option], baseline_us: float, pinned: str | None, wants_bytes: bool) -> list[Option]:
+    """Reject what cannot be worth its harm: not surely faster than the plain layer, or than `none` at its best."""
+    if pinned is not None:
+        return [
+            option if option.candidate == pinned or option.rejected else replace(option, rejected=f"pinned to {pinned}")
+            for option in options
+        ]
+    if wants_bytes:
+        return options
+    none = next(option for option in options if option.candidate == "none")
+    gated = []
+    for option in options:
+        us = option.us
+        if not option.rejected and option is not none and us is not None:
+            ratio = us / baseline_us
+            if option.us_high is None or option.us_high >= (1 - MARGIN) * baseline_us:
+                option = replace(option, rejected=f"not surely faster: {ratio:.2f}x the time of plain F.linear")
+            elif none.us is not None and us >= none.us:
+                option = replace(
+                    option, rejected=f"not faster than none on {kernel_names(none.program)}, which is exact"
+                )
+        gated.append(option)
+    return gated

@@ -1,0 +1,111 @@
+"""The plan: for each layer the chosen candidate, its kernels, and the evidence for and against. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from autoplan import report as report_room
+from autoplan.cache import codec
+from autoplan.cache.typed import from_plain, to_plain
+from autoplan.errors import BudgetError, CacheError
+from autoplan.records import FrontierPoint, LayerPlan, LeftAlone, Outcome
+from autoplan.selection import Budget, choose, float_bytes
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each layer runs as, and why. Made by `make_plan`, applied by `apply_plan`."""
+
+    layers: tuple[LayerPlan, ...]
+    left_alone: tuple[LeftAlone, ...]
+    budget: Budget
+    workloads: dict[str, float]
+    mode: str  # "eager" or "compiled": what the times are for
+    fingerprints: dict[str, Any]  # environment, model, data, options
+    frontier: tuple[FrontierPoint, ...]
+    gap: float  # certified, relative: no plan is faster by more than this under the predictions
+    price_us: float  # microseconds that one unit of divergence buys at the optimum
+    outcome: Outcome | None  # None for a point of the frontier that was not measured
+    planning_seconds: dict[str, float]  # stage -> seconds
+    schema: int = field(default=SCHEMA)
+
+    @property
+    def baseline_us(self) -> float:
+        return sum(layer.baseline_us for layer in self.layers)
+
+    @property
+    def us(self) -> float:
+        """Predicted time of the planned layers, microseconds per forward."""
+        return sum(layer.choice.us or 0.0 for layer in self.layers)
+
+    @property
+    def predicted_divergence(self) -> float:
+        kappa = self.outcome.kappa if self.outcome else 1.0
+        return kappa * sum(layer.choice.harm or 0.0 for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of the planned layers' weights."""
+        return sum(layer.choice.nbytes or 0 for layer in self.layers)
+
+    @property
+    def baseline_nbytes(self) -> int:
+        return sum(float_bytes(layer) for layer in self.layers)
+
+    def report(self, format: str = "text") -> str:
+        """The per-layer table and the totals, as "text", "markdown", "csv" or "json"."""
+        return report_room.render(self, format)
+
+    def at(self, *, divergence: float | None = None, speedup: float | None = None, nbytes: int | None = None) -> Plan:
+        """Another point of the frontier, solved anew from the stored evidence: nothing is measured.
+
+        `divergence` and `nbytes` are limits to be fastest under; `speedup` (of the planned layers, predicted) is a
+        target to be most accurate at. Raises BudgetError when the point does not exist, or not one of them is given.
+        """
+        given = {"divergence": divergence, "speedup": speedup, "nbytes": nbytes}
+        if sum(value is not None for value in given.values()) == 0:
+            raise BudgetError("plan.at() wants divergence=, speedup= or nbytes=")
+        kappa = self.outcome.kappa if self.outcome else 1.0
+        if speedup is not None:
+            if not speedup > 0:
+                raise BudgetError(f"speedup must be positive, not {speedup!r}")
+            budget = Budget(divergence=divergence, nbytes=nbytes, time=1 / speedup)
+        else:
+            budget = Budget(divergence=divergence, nbytes=nbytes)
+        choice = choose(self.layers, budget, kappa)
+        layers = tuple(_rechosen(layer, name) for layer, name in zip(self.layers, choice.candidates, strict=True))
+        return replace(self, layers=layers, budget=budget, gap=choice.gap, price_us=choice.price_us, outcome=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Builtins only: dicts, lists, strings, numbers, None."""
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """The inverse of `to_dict`, checking every field. Raises CacheError naming the field that is wrong."""
+        if isinstance(data, dict) and isinstance(data.get("schema"), int) and data["schema"] > SCHEMA:
+            raise CacheError(f"this plan was written by a newer autoplan (schema {data['schema']} > {SCHEMA}): upgrade")
+        plan: Plan = from_plain(cls, data, "plan")
+        for layer in plan.layers:
+            if layer.chosen not in [option.candidate for option in layer.options]:
+                raise CacheError(f"plan.layers {layer.name!r}: chose {layer.chosen!r}, which is not among its options")
+        return plan
+
+    def save(self, path: str | Path) -> None:
+        """Write to `.json` (readable) or `.pkl` (pickle of builtins). Raises CacheError for any other suffix."""
+        codec.write(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read what `save` wrote. Raises CacheError when the file is missing, damaged, hostile or of a newer schema."""
+        return cls.from_dict(codec.read(path))
+
+
+def _rechosen(layer: LayerPlan, name: str) -> LayerPlan:
+    reason = layer.reason if name == layer.chosen else "chosen by plan.at(), not measured on the whole model"
+    return replace(layer, chosen=name, reason=reason)

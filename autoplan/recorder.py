@@ -1,0 +1,313 @@
+"""The shape-recording pass: forward pre-hooks log what every Linear is given. Weights are never touched."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from autoplan.errors import RecordingError
+from autoplan.records import Call, LayerProfile, LeftAlone
+
+SAMPLE_ROWS = 1024  # real input rows kept per layer
+_MAX_INPUT_BYTES = 256 << 20  # of model inputs kept for scoring and validation
+_DEFAULT_WORKLOAD = "default"
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """One call of the model, copied to the CPU, so that it can be replayed."""
+
+    workload: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside a `torch.compile` wrapper, or the module itself."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.float32 -> "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(slots=True)
+class _Decision:
+    """One decision of the planner: the Linears that run one and the same weight."""
+
+    names: list[str]
+    module: nn.Linear
+
+
+def find_layers(model: nn.Module) -> tuple[list[_Decision], list[LeftAlone]]:
+    """All Linears of `model`: those a plan may change, grouped by weight, and those left alone with the reason."""
+    plannable: dict[tuple[int, torch.Size], _Decision] = {}
+    left_alone: list[LeftAlone] = []
+    shared_with = _tensors_of_other_modules(model)
+    fast_path = _fast_path_linears(model)
+    seen: dict[int, str | None] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        reason: str | None
+        if not isinstance(module, nn.Linear):
+            if type(module).__name__ == "Conv1D":
+                left_alone.append(LeftAlone(name, "it is a transformers Conv1D, not an nn.Linear"))
+            continue
+        if id(module) not in seen:
+            seen[id(module)] = _reason_to_leave(name, module, shared_with, fast_path)
+        if reason := seen[id(module)]:
+            left_alone.append(LeftAlone(name, reason))
+            continue
+        decision = plannable.setdefault((module.weight.data_ptr(), module.weight.shape), _Decision([], module))
+        decision.names.append(name)
+    return list(plannable.values()), left_alone
+
+
+def _reason_to_leave(
+    name: str, module: nn.Linear, shared_with: Mapping[int, str], fast_path: Mapping[int, str]
+) -> str | None:
+    if not name:
+        return "it is the model itself; wrap it in nn.Sequential to plan it"
+    if type(module).forward is not nn.Linear.forward:
+        return f"it is a {type(module).__name__}, a Linear with a forward of its own"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "it is a NonDynamicallyQuantizableLinear: attention reads its weight without calling it"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance (offloading hooks do that)"
+    if nn.utils.parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        return "its weight is parametrized or computed by a hook"
+    if not module.weight.numel():
+        return "its weight is empty"
+    if module.weight.is_meta:
+        return "its weight is on the meta device"
+    if dtype_name(module.weight.dtype) not in _FLOATS:
+        return f"its weight is {dtype_name(module.weight.dtype)}; float32, bfloat16 and float16 can be planned"
+    if type(module.weight) is not nn.Parameter:
+        return f"its weight is a tensor subclass, {type(module.weight).__name__}"
+    if owner := shared_with.get(module.weight.data_ptr()):
+        return f"its weight is tied to {owner}"
+    return fast_path.get(id(module))
+
+
+def _tensors_of_other_modules(model: nn.Module) -> dict[int, str]:
+    """Where the parameters of modules that are not Linears live: a Linear there is tied (to an embedding, mostly)."""
+    return {
+        tensor.data_ptr(): f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear)
+        for key, tensor in module.named_parameters(recurse=False)
+        if tensor.numel() and not tensor.is_meta
+    }
+
+
+def _fast_path_linears(model: nn.Module) -> dict[int, str]:
+    """Linears whose weights torch's fused encoder layer reads itself, in inference, without calling them."""
+    reason = "nn.TransformerEncoderLayer reads its weight in a fused kernel of its own"
+    return {
+        id(linear): reason
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        for linear in (module.linear1, module.linear2)
+    }
+
+
+class Recording:
+    """What the shape-recording pass saw; made by `record`, read by `make_plan`."""
+
+    def __init__(self, model: nn.Module, seed: int = 0) -> None:
+        decisions, self.left_alone = find_layers(model)
+        self.decisions = {decision.names[0]: decision for decision in decisions}
+        self.seed = seed
+        self.weights: dict[str, float] = {}  # workload -> weight
+        self.inputs: list[ModelInput] = []
+        self.inputs_dropped = 0
+        self._calls: dict[str, Counter[tuple[str, int, str]]] = {name: Counter() for name in self.decisions}
+        self._samples = {name: _Reservoir(SAMPLE_ROWS, seed ^ zlib.crc32(name.encode())) for name in self.decisions}
+        self._input_bytes = 0
+        self._workload = _DEFAULT_WORKLOAD
+
+    @contextmanager
+    def workload(self, name: str, weight: float = 1.0) -> Iterator[None]:
+        """Calls made inside belong to the workload `name`, whose time counts `weight` times in the plan.
+
+        Raises RecordingError when the weight is not a positive number, or differs from an earlier one of that name.
+        """
+        if not weight > 0 or weight == float("inf"):
+            raise RecordingError(f"workload {name!r}: weight must be a positive number, not {weight!r}")
+        if self.weights.setdefault(name, float(weight)) != weight:
+            raise RecordingError(f"workload {name!r} has weight {self.weights[name]} already, not {weight}")
+        outer, self._workload = self._workload, name
+        try:
+            yield
+        finally:
+            self._workload = outer
+
+    def profiles(self) -> list[LayerProfile]:
+        """One profile per layer that was called, in model order."""
+        return [self._profile(name) for name, calls in self._calls.items() if calls]
+
+    def not_called(self) -> list[LeftAlone]:
+        """The layers that saw no input while recording."""
+        return [LeftAlone(name, "saw no input while recording") for name, calls in self._calls.items() if not calls]
+
+    def _profile(self, name: str) -> LayerProfile:
+        module = self.decisions[name].module
+        return LayerProfile(
+            name=name,
+            aliases=tuple(self.decisions[name].names[1:]),
+            in_features=module.in_features,
+            out_features=module.out_features,
+            has_bias=module.bias is not None,
+            dtype=dtype_name(module.weight.dtype),
+            device=module.weight.device.type,
+            calls=tuple(Call(*key, count) for key, count in sorted(self._calls[name].items())),
+        )
+
+    def rows(self, name: str) -> Tensor:
+        """A sample of the real input rows of a layer, [<= SAMPLE_ROWS, in_features], in their own dtype, on the CPU."""
+        return self._samples[name].rows()
+
+    def _log(self, name: str, x: Tensor) -> None:
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type) and dtype.is_floating_point:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.detach().reshape(-1, x.shape[-1])
+        self._calls[name][self._workload, x.shape[0], dtype_name(dtype)] += 1
+        self._samples[name].add(x)
+
+    def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.weights.setdefault(self._workload, 1.0)
+        size = sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        if self._input_bytes + size > _MAX_INPUT_BYTES:
+            self.inputs_dropped += 1
+            return
+        self._input_bytes += size
+        args, kwargs = tree_map(_copy_to_cpu, (args, dict(kwargs)))
+        self.inputs.append(ModelInput(self._workload, args, kwargs))
+
+
+def _copy_to_cpu(leaf: Any) -> Any:
+    return leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+
+
+class _Reservoir:
+    """A uniform sample of all rows seen: each row draws a random key, the largest keys stay (Efraimidis 2006)."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size = size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._keys = torch.empty(0)
+        self._rows: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        keys = torch.rand(x.shape[0], generator=self._generator)
+        floor = self._keys.min() if len(self._keys) == self._size else -1.0
+        new = (keys > floor).nonzero().squeeze(1)
+        rows = x[new.to(x.device)].cpu()
+        if self._rows is not None:
+            if rows.dtype != self._rows.dtype:
+                rows = rows.to(self._rows.dtype)
+            rows = torch.cat((self._rows, rows))
+        keys = torch.cat((self._keys, keys[new]))
+        best = keys.topk(min(self._size, len(keys))).indices.sort().values
+        self._keys, self._rows = keys[best], rows[best].clone()
+
+    def rows(self) -> Tensor:
+        if self._rows is None:
+            raise RecordingError("no rows were recorded")
+        return self._rows
+
+
+@contextmanager
+def record(model: nn.Module, *, seed: int = 0) -> Iterator[Recording]:
+    """Record what every Linear of `model` is given while the calls inside run, eagerly and unchanged.
+
+    Every call inside counts; group calls with `recording.workload(name, weight=...)`. `seed` decides which input rows
+    are sampled. Raises RecordingError when the model is planned already.
+    """
+    root = unwrap(model)
+    refuse_planned(root)
+    recording = Recording(root, seed)
+    handles = [root.register_forward_pre_hook(lambda _, args, kwargs: recording._keep(args, kwargs), with_kwargs=True)]
+    for name, decision in recording.decisions.items():
+        for layer in {id(m): m for m in map(root.get_submodule, decision.names)}.values():
+            handles.append(layer.register_forward_pre_hook(_logger(recording, name), with_kwargs=True))
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield recording
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _logger(recording: Recording, name: str) -> Any:
+    def log(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("input")
+        if isinstance(x, Tensor) and x.dim():
+            recording._log(name, x)
+
+    return log
+
+
+def refuse_planned(model: nn.Module) -> None:
+    """Raise RecordingError when `model` carries a plan already."""
+    if "_autoplan_plan" in vars(unwrap(model)):
+        raise RecordingError(
+            "this model is planned already: plan_of(model) shows the plan. To plan anew, start from the float model"
+        )
+
+
+def as_calls(example_inputs: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What `example_inputs` stand for, as (args, kwargs) per call of the model.
+
+    A Tensor is one argument, a tuple the arguments, a Mapping the keyword arguments; a list or another iterable is
+    batches of these, in which a list is arguments, as a DataLoader gives them. Raises RecordingError otherwise.
+    """
+    if isinstance(example_inputs, Tensor | tuple | Mapping):
+        return [_one_call(example_inputs)]
+    if isinstance(example_inputs, str) or not hasattr(example_inputs, "__iter__"):
+        raise RecordingError(
+            f"example_inputs must be a Tensor, a tuple of arguments, a mapping of keyword arguments, or an iterable of "
+            f"these, not {type(example_inputs).__name__}"
+        )
+    calls = [_one_call(batch) for batch in example_inputs]
+    if not calls:
+        raise RecordingError("example_inputs holds no batch: give at least one input that the model can run on")
+    return calls
+
+
+def _one_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return tuple(batch), {}
+    raise RecordingError(f"a batch must be a Tensor, a tuple or a mapping, not {type(batch).__name__}")
+
+
+def match(names: Sequence[str], patterns: str | Sequence[str], argument: str) -> set[str]:
+    """The layer names that any of the fnmatch `patterns` matches.
+
+    Raises RecordingError when a pattern matches nothing, naming the layers there are.
+    """
+    matched: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = fnmatch.filter(names, pattern)
+        if not hits:
+            listed = ", ".join(list(names)[:20]) + (", ..." if len(names) > 20 else "")
+            raise RecordingError(f"{argument}: the pattern {pattern!r} matches no layer; there are {listed or 'none'}")
+        matched.update(hits)
+    return matched

@@ -1,0 +1,173 @@
+"""Frozen records that cross rooms: plain data only, units in the names. Imports nothing of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a kernel or candidate may ask about the machine a layer runs on."""
+
+    type: str  # "cpu" or "cuda"
+    name: str
+    capability: tuple[int, int] | None = None  # CUDA compute capability; None on a CPU
+    features: tuple[str, ...] = ()  # instruction sets on a CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How often a layer ran on `rows` rows of effective dtype `dtype` in one workload."""
+
+    workload: str
+    rows: int
+    dtype: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProfile:
+    """One decision of the planner: a layer (or several that share one weight) and how it was called."""
+
+    name: str
+    aliases: tuple[str, ...]  # the other dotted names that run the same weight
+    in_features: int
+    out_features: int
+    has_bias: bool
+    dtype: str  # of the weight
+    device: str
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LeftAlone:
+    """A layer (or module) that the planner does not touch, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What is timed once, whatever the number of layers: all that a kernel's time depends on."""
+
+    rows: int  # a bucket, see benchmark.bucket_rows
+    in_features: int
+    out_features: int
+    has_bias: bool
+    dtype: str  # of the input, as it reaches the layer (autocast applied)
+    weight_dtype: str
+    device: str
+    mode: str  # "eager" or "compiled"
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Paired timing of one kernel of one candidate against plain `F.linear` at one shape."""
+
+    shape: Shape
+    candidate: str
+    kernel: str
+    baseline_us: float  # median of plain F.linear in the same run
+    ratio: float  # time / baseline, the median of paired ratios; below 1 is faster
+    ratio_low: float  # 95 % confidence interval of `ratio`
+    ratio_high: float
+    rounds: int
+    note: str = ""  # why timing ended early, or why the kernel failed (then ratio is inf)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A candidate that a layer cannot use, in one sentence a user can check."""
+
+    layer: str
+    candidate: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """Predicted harm to the model's output from one candidate in one layer."""
+
+    layer: str
+    candidate: str
+    harm: float  # divergence of the model's output when only this layer uses the candidate
+    sqnr_db: float  # of the layer's own output on recorded rows, with the kernel that will run
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A measured value with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One candidate for one layer: what was measured, and why it cannot or need not be used.
+
+    Times are microseconds per forward of the model, over all the layer's calls, weighted by workload.
+    """
+
+    candidate: str
+    program: str = ""  # from how many rows on which kernel, e.g. "1:int8pack,24:dequantize_int8"; "" if never runnable
+    us: float | None = None
+    us_low: float | None = None
+    us_high: float | None = None
+    nbytes: int | None = None
+    sqnr_db: float | None = None
+    harm: float | None = None  # predicted divergence of the model's output from this choice alone
+    rejected: str = ""  # the reason; empty for an option the solver was free to choose
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """The decision for one layer, and every option that was looked at."""
+
+    name: str
+    aliases: tuple[str, ...]
+    in_features: int
+    out_features: int
+    has_bias: bool
+    dtype: str
+    calls: tuple[Call, ...]
+    baseline_us: float  # plain F.linear, same unit as Option.us
+    chosen: str  # a candidate's name
+    reason: str
+    options: tuple[Option, ...]
+    group: str = ""  # layers of one group (see `groups=`) get one candidate; "" stands for a decision of its own
+
+    def option(self, candidate: str) -> Option:
+        return next(option for option in self.options if option.candidate == candidate)
+
+    @property
+    def choice(self) -> Option:
+        """The chosen option."""
+        return self.option(self.chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierPoint:
+    """One point of the frontier: the least predicted time (us) for its predicted divergence."""
+
+    divergence: float
+    us: float
+    nbytes: int
+    switched: int  # layers that do not run plain F.linear
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was measured on the whole model."""
+
+    speedup: Estimate | None  # float time / planned time, paired
+    uniform: str  # the best uniform plan: one candidate wherever it is eligible
+    versus_uniform: Estimate | None  # uniform time / planned time, paired; None when the two are the same plan
+    divergence: Estimate  # on the final split
+    logits: bool
+    held_out: bool
+    kappa: float  # measured over predicted divergence, as used in the last round
+    rounds: int
+    notes: tuple[str, ...] = ()

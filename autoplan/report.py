@@ -1,0 +1,441 @@
+"""A plan as people read it: the table with every layer and the totals, or the same as markdown, csv or json."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from autoplan.errors import AutoplanError
+from autoplan.records import Call, Estimate, LayerPlan, Option, Outcome
+
+if TYPE_CHECKING:
+    from autoplan.plan import Plan
+
+_WIDTH = 180  # columns that the text aims at
+_MAX_WHY = 160  # characters of a runner-up's reason in a table; csv and json have all of it
+_PLAIN_KERNEL = "linear"
+_BLOCK = re.compile(r"((?:[^.]+\.)*?\d+)(?=\.)")  # "encoder.layer.3" of "encoder.layer.3.output.dense"
+
+# header, alignment, and the width its words wrap at (0: never)
+_COLUMNS = (
+    ("layer", "left", 0),
+    ("out x in", "right", 0),
+    ("rows x\ncalls", "left", 22),
+    ("share", "right", 0),
+    ("float\nus", "right", 0),
+    ("chosen", "left", 0),
+    ("kernel", "left", 16),
+    ("us\n+-95 %", "right", 0),
+    ("speed\n-up", "right", 0),
+    ("SQNR\ndB", "right", 0),
+    ("harm", "right", 0),
+    ("MiB", "right", 0),
+    ("why", "left", 24),
+    ("runner-up, and why not", "left", 30),
+)
+_CSV_COLUMNS = (
+    "layer", "aliases", "group", "out_features", "in_features", "bias", "dtype", "calls", "share", "float_us",
+    "candidate", "status", "kernels", "us", "us_low", "us_high", "speedup", "sqnr_db", "harm", "nbytes", "why",
+)  # fmt: skip
+
+
+def render(plan: Plan, format: str) -> str:
+    """The plan as "text", "markdown", "csv" or "json". Raises AutoplanError for any other format."""
+    renderers = {"text": _text, "markdown": _markdown, "csv": _csv, "json": _json}
+    if format not in renderers:
+        raise AutoplanError(f"a report has no format {format!r}; there are {', '.join(renderers)}")
+    return renderers[format](plan)
+
+
+def kernels(program: str) -> str:
+    """A program in words: "1:int8pack,24:dequantize_int8" is "int8pack, from 24 rows dequantize_int8"."""
+    steps = [step.partition(":") for step in program.split(",") if step]
+    words = [name if int(rows) <= 1 else f"from {rows} rows {name}" for rows, _, name in steps]
+    return ", ".join(words)
+
+
+def bytes_in_words(count: int) -> str:
+    """1536 is "1.5 KiB"."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.3g} {unit}"
+
+
+def interval(estimate: Estimate, format: str = ".2f", unit: str = "") -> str:
+    """A measured value and its 95 % interval: "4.61x [4.55, 4.67]"."""
+    return f"{estimate.value:{format}}{unit} [{estimate.low:{format}}, {estimate.high:{format}}]"
+
+
+# -- the formats ---------------------------------------------------------------------------------------------------
+
+
+def _text(plan: Plan) -> str:
+    rows: list[list[str]] = []
+    for block, layers in _blocks(plan.layers):
+        if block:
+            rows.append([block] + [""] * (len(_COLUMNS) - 1))
+        for layer in layers:
+            cells = _cells(plan, layer, layer.name.removeprefix(block))
+            rows.append([_wrap(cell, width) for cell, (_, _, width) in zip(cells, _COLUMNS, strict=True)])
+    table = tabulate(
+        rows,
+        headers=[header for header, _, _ in _COLUMNS],
+        colalign=[alignment for _, alignment, _ in _COLUMNS] if rows else None,
+        disable_numparse=True,
+    )
+    lines = [_headline(plan), ""]
+    if warning := _nothing_switched(plan):
+        lines += [warning, ""]
+    lines += [table, "", _LEGEND, ""]
+    if plan.left_alone:
+        lines.append(f"Left alone ({len(plan.left_alone)}):")
+        lines += [_fill(f"{reason}: {', '.join(names)}", "  ") for reason, names in _left_alone(plan)]
+        lines.append("")
+    facts = _facts(plan)
+    indent = max(len(label) for label, _ in facts) + 2
+    lines += [_fill(fact, f"{label:<{indent}}", " " * indent) for label, fact in facts]
+    return "\n".join(line.rstrip() for line in "\n".join(lines).splitlines())
+
+
+_LEGEND = (
+    "share: of the float time of these layers. us: per forward of the model, over all calls of the layer. "
+    "harm: predicted divergence\nof the model's output from this layer alone. SQNR: of the layer's own output."
+)
+
+
+def _markdown(plan: Plan) -> str:
+    rows = [[_escape(cell) for cell in _cells(plan, layer, layer.name)] for layer in plan.layers]
+    table = tabulate(
+        rows,
+        headers=[header.replace("\n-", "-").replace("\n", " ") for header, _, _ in _COLUMNS],
+        colalign=[alignment for _, alignment, _ in _COLUMNS] if rows else None,
+        disable_numparse=True,
+        tablefmt="pipe",
+    )
+    lines = [_headline(plan), ""]
+    if warning := _nothing_switched(plan):
+        lines += [f"**{warning}**", ""]
+    lines += [table, "", _LEGEND.replace("\n", " "), ""]
+    if plan.left_alone:
+        lines += [f"Left alone ({len(plan.left_alone)}):", ""]
+        lines += [f"- {reason}: {', '.join(f'`{name}`' for name in names)}" for reason, names in _left_alone(plan)]
+        lines.append("")
+    lines += [f"- **{label}**: {fact}" for label, fact in _facts(plan)]
+    return "\n".join(lines)
+
+
+def _csv(plan: Plan) -> str:
+    """One row per layer and option, and one per layer left alone."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, _CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for layer in plan.layers:
+        shared = {
+            "layer": layer.name,
+            "aliases": " ".join(layer.aliases),
+            "group": layer.group,
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "bias": layer.has_bias,
+            "dtype": layer.dtype,
+            "calls": "; ".join(_calls(layer.calls, layer.dtype, limit=len(layer.calls), workloads=True)),
+            "share": _ratio(layer.baseline_us, plan.baseline_us),
+            "float_us": layer.baseline_us,
+        }
+        for option in layer.options:
+            chosen = option.candidate == layer.chosen
+            writer.writerow(
+                shared
+                | {
+                    "candidate": option.candidate,
+                    "status": "chosen" if chosen else "rejected" if option.rejected else "not chosen",
+                    "kernels": option.program,
+                    "us": option.us,
+                    "us_low": option.us_low,
+                    "us_high": option.us_high,
+                    "speedup": None if option.us is None else _ratio(layer.baseline_us, option.us),
+                    "sqnr_db": option.sqnr_db,
+                    "harm": option.harm,
+                    "nbytes": option.nbytes,
+                    "why": layer.reason if chosen else _why_not(plan, layer, option),
+                }
+            )
+    for alone in plan.left_alone:
+        writer.writerow({"layer": alone.name, "status": "left alone", "why": alone.reason})
+    return file.getvalue().rstrip("\n")
+
+
+def _json(plan: Plan) -> str:
+    return json.dumps(plan.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+# -- one layer -----------------------------------------------------------------------------------------------------
+
+
+def _blocks(layers: Sequence[LayerPlan]) -> Iterator[tuple[str, list[LayerPlan]]]:
+    """Neighbours under one numbered prefix ("encoder.layer.3"), to be named once; others come with ""."""
+    for block, neighbours in itertools.groupby(layers, _numbered_prefix):
+        members = list(neighbours)
+        yield (block if len(members) > 1 else ""), members
+
+
+def _numbered_prefix(layer: LayerPlan) -> str:
+    match = _BLOCK.match(layer.name)
+    return match.group(1) if match else ""
+
+
+def _cells(plan: Plan, layer: LayerPlan, name: str) -> list[str]:
+    option = layer.choice
+    plain = _is_plain(layer)
+    return [
+        f"{name} (and {', '.join(layer.aliases)})" if layer.aliases else name,
+        f"{layer.out_features}x{layer.in_features}",
+        "; ".join(_calls(layer.calls, layer.dtype, limit=3, workloads=len(plan.workloads) > 1)),
+        f"{100 * _ratio(layer.baseline_us, plan.baseline_us):.1f} %",
+        _us(layer.baseline_us),
+        option.candidate,
+        f"{_PLAIN_KERNEL} (plain)" if plain else kernels(option.program),
+        _us_with_spread(option),
+        "-" if option.us is None else f"{_ratio(layer.baseline_us, option.us):.2f}x",
+        "-" if option.sqnr_db is None else f"{option.sqnr_db:.1f}",
+        "-" if option.harm is None else _small(option.harm),
+        "-" if option.nbytes is None else f"{option.nbytes / 2**20:.3g}",
+        f"{layer.reason} ({layer.group})" if layer.group else layer.reason,
+        textwrap.shorten(_runner_up(plan, layer), _MAX_WHY, placeholder=" ..."),
+    ]
+
+
+def _is_plain(layer: LayerPlan) -> bool:
+    """Whether the layer stays the plain `F.linear` that it was."""
+    names = {step.partition(":")[2] for step in layer.choice.program.split(",") if step}
+    return layer.chosen == "none" and names <= {_PLAIN_KERNEL}
+
+
+def _calls(calls: Sequence[Call], weight_dtype: str, limit: int, workloads: bool) -> list[str]:
+    """ "2048 x 1" per number of rows, "prefill 2048 x 1" where there are several workloads; those called most first."""
+    counts: Counter[str] = Counter()
+    for call in calls:
+        words = [call.workload] if workloads else []
+        words.append(str(call.rows))
+        # autocast: the layer works in another dtype than its weight's
+        words += [] if call.dtype == weight_dtype else [call.dtype]
+        counts[" ".join(words)] += call.count
+    shown = [f"{words} x {count}" for words, count in counts.most_common(limit)]
+    return shown if len(counts) <= limit else [*shown, f"{len(counts) - limit} more"]
+
+
+def _runner_up(plan: Plan, layer: LayerPlan) -> str:
+    """The fastest option that was not chosen (an untimed one, if there is no other), and why it was not."""
+    others = [option for option in layer.options if option.candidate != layer.chosen]
+    if not others:
+        return "there was no other candidate"
+    timed = [option for option in others if option.us is not None]
+    option = min(timed, key=lambda option: (option.us or 0.0, option.candidate)) if timed else others[0]
+    time = "" if option.us is None else f"{_us(option.us)} us, "
+    return f"{option.candidate}: {time}{_why_not(plan, layer, option)}"
+
+
+def _why_not(plan: Plan, layer: LayerPlan, option: Option) -> str:
+    """Why an option that is not chosen is not, in a few words."""
+    chosen = layer.choice
+    if option.rejected:
+        return option.rejected
+    if option.us is None or chosen.us is None:
+        return "not timed"
+    if option.us >= chosen.us:
+        slower = _ratio(option.us, chosen.us) - 1
+        return f"{100 * slower:.0f} % slower" if slower >= 0.01 else "no faster"
+    gain, harm = chosen.us - option.us, (option.harm or 0.0) - (chosen.harm or 0.0)
+    if plan.budget.time is not None:
+        return "faster than the time budget asks for"
+    if harm > 0:
+        return f"harm {_small(option.harm or 0.0)} for {_us(gain)} us less: it buys more in other layers"
+    if (option.nbytes or 0) > (chosen.nbytes or 0):
+        return f"{bytes_in_words((option.nbytes or 0) - (chosen.nbytes or 0))} more than the byte budget leaves"
+    return f"{_us(gain)} us less, but not by the plan that measured best"
+
+
+# -- the totals ----------------------------------------------------------------------------------------------------
+
+
+def _headline(plan: Plan) -> str:
+    environment = plan.fingerprints.get("environment", {})
+    parts = [str(environment[key]) for key in ("device",) if environment.get(key)]
+    parts += [f"{environment['threads']} threads"] if environment.get("threads") else []
+    parts += [f"torch {environment['torch']}"] if environment.get("torch") else []
+    parts.append(f"timed {plan.mode}")
+    if len(plan.workloads) > 1:
+        parts.append("workloads " + ", ".join(f"{name} (weight {weight:g})" for name, weight in plan.workloads.items()))
+    return f"autoplan: {_count(len(plan.layers), 'layer')} on " + "; ".join(parts)
+
+
+def _nothing_switched(plan: Plan) -> str:
+    if not all(map(_is_plain, plan.layers)):
+        return ""
+    return "NOTHING WAS SWITCHED: every layer stays the plain float layer that it was."
+
+
+def _facts(plan: Plan) -> list[tuple[str, str]]:
+    """The totals, as (label, sentence)."""
+    outcome, seconds = plan.outcome, plan.planning_seconds
+    facts = [("layers", _counts(plan))]
+    if outcome is None:
+        facts.append(
+            ("whole model", "not measured: this is another point of the frontier, and its figures are predicted")
+        )
+    elif _nothing_switched(plan):
+        facts.append(("whole model", "the float model as it was"))
+    else:
+        facts.append(("whole model", _speed(outcome.speedup, "the float model")))
+        facts.append(("versus uniform", _versus_uniform(outcome)))
+        facts.append(("divergence", _divergence(plan, outcome)))
+    time = f"{_us(plan.baseline_us)} us -> {_us(plan.us)} us per forward ({_ratio(plan.baseline_us, plan.us):.2f}x)"
+    facts.append(("these layers", f"{time}, the sum of their timings"))
+    size = f"{bytes_in_words(plan.baseline_nbytes)} -> {bytes_in_words(plan.nbytes)}"
+    facts.append(("weight bytes", f"{size} ({_ratio(plan.baseline_nbytes, plan.nbytes):.2f}x smaller)"))
+    facts.append(("prediction", _prediction(plan)))
+    facts.append(
+        ("certified gap", f"no plan is predicted to be more than {100 * plan.gap:.2g} % better in this budget")
+    )
+    if plan.price_us:
+        facts.append(("price", f"{_us(plan.price_us * 1e-4)} us per 1e-4 of divergence, at the optimum"))
+    if seconds:
+        stages = [f"{stage} {spent:.1f}" for stage, spent in seconds.items() if stage != "total"]
+        total = seconds.get("total", sum(seconds.values()))
+        facts.append(("planning took", f"{total:.1f} s: {', '.join(stages)}"))
+    facts += [("note", note) for note in (outcome.notes if outcome else ())]
+    facts += [("STALE", f"{mark}; plan.revalidate(model) measures anew") for mark in _stale(plan)]
+    return facts
+
+
+def _counts(plan: Plan) -> str:
+    labels = Counter(
+        "none (plain)" if _is_plain(layer) else "none on another kernel" if layer.chosen == "none" else layer.chosen
+        for layer in plan.layers
+    )
+    listed = ", ".join(f"{label} {count}" for label, count in sorted(labels.items(), key=lambda item: (-item[1], item)))
+    return f"{len(plan.layers)} planned: {listed or 'none'}; {len(plan.left_alone)} left alone"
+
+
+def _speed(estimate: Estimate | None, against: str) -> str:
+    if estimate is None:
+        return f"speed against {against} was not measured"
+    text = f"{interval(estimate, unit='x')} as fast as {against}, measured in pairs"
+    if estimate.low <= 1 <= estimate.high:
+        text += ": no difference beyond noise"
+    elif estimate.high < 1:
+        text += ": SLOWER"
+    return text
+
+
+def _versus_uniform(outcome: Outcome) -> str:
+    if outcome.versus_uniform is None:
+        return (
+            f"the same plan as the best uniform one, {outcome.uniform}" if outcome.uniform else "there is no such plan"
+        )
+    return _speed(outcome.versus_uniform, f"the best uniform plan, {outcome.uniform} wherever it can run")
+
+
+def _divergence(plan: Plan, outcome: Outcome) -> str:
+    kind = "KL, nats per token" if outcome.logits else "relative squared error"
+    measured = f"{interval(outcome.divergence, '.2e')} ({kind})"
+    held_out = (
+        "on inputs held out from planning" if outcome.held_out else "NOT HELD OUT: on the inputs it was planned with"
+    )
+    return f"{measured}, {_against_budget(plan, outcome.divergence)}, {held_out}"
+
+
+def _against_budget(plan: Plan, measured: Estimate) -> str:
+    budget = plan.budget
+    limits = [] if budget.divergence is None else [f"divergence {budget.divergence:g}"]
+    limits += [] if budget.nbytes is None else [bytes_in_words(budget.nbytes)]
+    limits += [] if budget.time is None else [f"{100 * budget.time:.3g} % of the float time"]
+    named = f'budget "{budget.preset}"' if budget.preset else "budget"
+    verdict = ""
+    if budget.divergence is not None:
+        verdict = " (kept)" if measured.value <= budget.divergence else " (EXCEEDED)"
+        if measured.value <= budget.divergence < measured.high:
+            verdict = " (kept, but the interval reaches beyond it)"
+    return f"{named} {', '.join(limits) or 'without limits'}{verdict}"
+
+
+def _prediction(plan: Plan) -> str:
+    text = f"divergence {_small(plan.predicted_divergence)}"
+    if plan.outcome is None:
+        return text
+    rounds = _count(plan.outcome.rounds, "round")
+    return f"{text}, which is kappa {plan.outcome.kappa:.3g} (measured / predicted) times the sum of harms; {rounds}"
+
+
+def _stale(plan: Plan) -> list[str]:
+    marks = plan.fingerprints.get("stale") or []
+    return [marks] if isinstance(marks, str) else [str(mark) for mark in marks]
+
+
+def _left_alone(plan: Plan) -> list[tuple[str, list[str]]]:
+    """The names of the layers left alone, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for alone in plan.left_alone:
+        by_reason.setdefault(alone.reason, []).append(alone.name)
+    return list(by_reason.items())
+
+
+# -- words and figures ---------------------------------------------------------------------------------------------
+
+
+def _us(us: float) -> str:
+    return f"{us:,.0f}" if us >= 99.95 else f"{us:.3g}"
+
+
+def _us_with_spread(option: Option) -> str:
+    if option.us is None:
+        return "-"
+    if option.us_low is None or option.us_high is None or not option.us:
+        return _us(option.us)
+    spread = max(option.us_high - option.us, option.us - option.us_low) / option.us
+    return f"{_us(option.us)} +-{100 * spread:.1f} %"
+
+
+def _small(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 1.0
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _wrap(cell: str, width: int) -> str:
+    if not width:
+        return cell
+    return "\n".join(textwrap.wrap(cell, width, break_on_hyphens=False, break_long_words=False))
+
+
+def _fill(text: str, indent: str, following: str | None = None) -> str:
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + "  " if following is None else following,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|")

@@ -1,0 +1,8 @@
+"""Kernels: every implementation of a candidate's linear, with what it supports and how it stores the weight."""
+
+from __future__ import annotations
+
+from autoplan.kernels import cpu  # noqa: F401  (registers the CPU kernels)
+from autoplan.kernels.ops import Kernel, LinearSpec, find_kernel, register_kernel
+
+__all__ = ["Kernel", "LinearSpec", "find_kernel", "register_kernel"]

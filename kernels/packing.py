@@ -1,0 +1,95 @@
+"""The canonical form of a quantized weight: what is stored, saved and loaded, whatever kernel runs it.
+
+A canonical weight is a dict of plain tensors, told apart by its keys and dtypes:
+
+    float   weight      [out, in]            float32, bfloat16, float16
+    int8    codes       [out, in]            int8,          scale [out] float32
+    fp8     codes       [out, in]            float8_e4m3fn, scale [out] float32
+    int4    codes       [out, in / 2]        uint8, two codes a byte: even column in the low half
+            scale       [out, in / group]    float32
+            zero_point  [out, in / group]    uint8
+
+    weight ~ scale * (codes - zero_point), zero_point = 0 where there is none
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Canonical = dict[str, Tensor]
+
+_TINY = 1e-30  # a scale for all-zero rows: its codes are zero, so any positive value gives exact zeros
+_CLIP_RATIOS = tuple(1.0 - 0.02 * step for step in range(26))
+
+
+def quantize_per_channel(weight: Tensor, dtype: torch.dtype) -> Canonical:
+    """Symmetric codes of `weight` [out, in] with one float32 scale per output channel: absmax / largest code.
+
+    `dtype` is torch.int8 (codes within +-127) or torch.float8_e4m3fn.
+    """
+    values = weight.detach().float()
+    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = (values.abs().amax(dim=1) / largest).clamp_min(_TINY)
+    scaled = values / scale[:, None]
+    codes = scaled.round_().to(torch.int8) if dtype == torch.int8 else scaled.to(dtype)
+    return {"codes": codes, "scale": scale}
+
+
+def quantize_int4(weight: Tensor, group_size: int) -> Canonical:
+    """Asymmetric int4 codes of `weight` [out, in], one scale and integer zero point per `group_size` columns.
+
+    The range of each group is shrunk by the ratio in 1.00, 0.98 ... 0.50 that gives the least squared error
+    (clip search, as in AWQ, https://arxiv.org/abs/2306.00978, section 3). Rows are handled in slices, so the
+    float32 scratch stays small beside the weight.
+    """
+    rows_a_slice = max(1, (1 << 22) // max(weight.shape[1], 1))
+    parts = [_quantize_int4(part, group_size) for part in weight.detach().split(rows_a_slice)]
+    codes, scale, zero_point = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return {"codes": pack_nibbles(codes), "scale": scale, "zero_point": zero_point}
+
+
+def _quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    groups = weight.float().reshape(weight.shape[0], -1, group_size)
+    low = groups.amin(dim=2, keepdim=True).clamp_max(0)  # zero stays representable
+    high = groups.amax(dim=2, keepdim=True).clamp_min(0)
+    best_error = torch.full_like(low, torch.inf)
+    best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
+    for ratio in _CLIP_RATIOS:
+        scale = ((high - low) * (ratio / 15)).clamp_min(_TINY)
+        zero = (-low * ratio / scale).round_().clamp_(0, 15)
+        codes = (groups / scale + zero).round_().clamp_(0, 15)
+        error = codes.sub_(zero).mul_(scale).sub_(groups).square_().sum(dim=2, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    codes = (groups / best_scale + best_zero).round_().clamp_(0, 15).to(torch.uint8)
+    return codes.flatten(1), best_scale.squeeze(2), best_zero.squeeze(2).to(torch.uint8)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Two 4-bit codes a byte: [out, in] uint8 below 16 -> [out, in / 2] uint8, even columns in the low half."""
+    return codes[:, ::2] | (codes[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`: [out, in / 2] uint8 -> [out, in] uint8."""
+    return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)
+
+
+def dequantize(canonical: Canonical, dtype: torch.dtype) -> Tensor:
+    """The float weight [out, in] that a canonical weight stands for, computed in float32 and cast to `dtype`."""
+    if "weight" in canonical:
+        return canonical["weight"].to(dtype)
+    codes, scale = canonical["codes"], canonical["scale"].float()
+    if "zero_point" not in canonical:
+        return (codes.float() * scale[:, None]).to(dtype)
+    centred = unpack_nibbles(codes).float().unflatten(1, (scale.shape[1], -1)) - canonical["zero_point"].unsqueeze(2)
+    weight: Tensor = (centred * scale.unsqueeze(2)).flatten(1).to(dtype)
+    return weight
+
+
+def nbytes(tensors: list[Tensor]) -> int:
+    """Bytes held by `tensors`, each counted once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
