@@ -218,7 +218,7 @@ def _candidates(device_type: str, environment: dict[str, Any]) -> list[dict[str,
 
 
 def _rejects(candidate: Candidate, kernel: Kernel, device: Device, dtype: str, **size: int) -> str | None:
-    """Why a 4096x4096 layer, or one of another `size`, of a model in `dtype` cannot run on this kernel; None if it can."""
+    """Why a 4096x4096 layer (or one of another `size`) of a model in `dtype` cannot run on this kernel, or None."""
     import torch
 
     from autoplan.kernels import LinearSpec

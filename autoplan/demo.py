@@ -29,7 +29,7 @@ JUDGED = 512  # sentences that speed and fidelity are measured on; none of them 
 PLANNING_BATCHES = 6  # for scoring, for validating plans and for the report's figures: disjoint parts
 TOKENS = 64
 NEIGHBOURS = 10
-_SPEED_SECONDS = 30.0  # limit on each comparison of whole models
+_MIN_ROUNDS, _MAX_ROUNDS = 10, 24  # of comparing whole models: with ten, every median has an interval
 
 Batch = dict[str, Tensor]  # what the model's forward takes, each [batch, TOKENS]
 Say = Callable[[str], None]
@@ -91,14 +91,14 @@ class Embedder(nn.Module):
 
     forwards: ClassVar[int] = 0  # eager ones, of all embedders: shows what planning ran
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, bert: nn.Module) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.bert = bert
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         if not torch.compiler.is_compiling():
             Embedder.forwards += 1
-        hidden = self.encoder(
+        hidden = self.bert(
             input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
         ).last_hidden_state
         mask = attention_mask.unsqueeze(-1).float()
@@ -109,8 +109,8 @@ class Embedder(nn.Module):
 def load(dtype: torch.dtype) -> Embedder:
     """A fresh all-MiniLM-L6-v2 in `dtype`. Raises AutoplanError when the demo's packages are missing."""
     transformers, path = _packages()
-    encoder = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=dtype)
-    return Embedder(encoder).eval()
+    bert = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=dtype)
+    return Embedder(bert).eval()
 
 
 def tokenize(texts: Sequence[str], batch: int) -> list[Batch]:
@@ -213,7 +213,7 @@ def run(
     for dtype in ("float32", "bfloat16"):
         models[f"{dtype} torch.compile"] = _compiled(dtype)
     # Each model has its own weights and its own compiled graph, so nothing that is done to one reaches another.
-    say("measuring speed and fidelity: five models at most, of which four compile first ...\n")
+    say(f"measuring the speed and fidelity of {len(models)} models, most of which compile first ...\n")
     reference = _embed(models["float32 eager"], judged)
     embeddings = {name: _embed(model, judged) for name, model in models.items() if name != "float32 eager"}
     speed = _speed(models, judged[0], batch)
@@ -292,7 +292,7 @@ def _compare(models: Mapping[str, nn.Module], baseline: str, batch: Batch) -> di
 
     calls = {name: call(model) for name, model in models.items()}
     with torch.no_grad():
-        return timing.compare(calls, baseline=baseline, max_seconds=_SPEED_SECONDS)
+        return timing.compare(calls, baseline=baseline, min_rounds=_MIN_ROUNDS, max_rounds=_MAX_ROUNDS)
 
 
 def _plain(estimate: Estimate) -> dict[str, float]:
@@ -353,6 +353,8 @@ def _effort(planned: Mapping[str, Any]) -> str:
 
 
 def _times(ratio: Mapping[str, float]) -> str:
+    if ratio["speedup_low"] == ratio["speedup_high"]:  # the baseline itself
+        return f"{ratio['speedup']:.2f}x"
     return f"{ratio['speedup']:.2f}x [{ratio['speedup_low']:.2f}, {ratio['speedup_high']:.2f}]"
 
 

@@ -87,8 +87,8 @@ def _text(plan: Plan) -> str:
         if block:
             rows.append([block] + [""] * (len(_COLUMNS) - 1))
         for layer in layers:
-            cells = _cells(plan, layer, layer.name.removeprefix(block))
-            rows.append([_wrap(cell, width) for cell, (_, _, width) in zip(cells, _COLUMNS, strict=True)])
+            rows.append(_cells(plan, layer, layer.name.removeprefix(block)))
+    rows = [[_wrap(cell, width) for cell, (_, _, width) in zip(cells, _COLUMNS, strict=True)] for cells in _ditto(rows)]
     table = tabulate(
         rows,
         headers=[header for header, _, _ in _COLUMNS],
@@ -110,9 +110,21 @@ def _text(plan: Plan) -> str:
 
 
 _LEGEND = (
-    "share: of the float time of these layers. us: per forward of the model, over all calls of the layer. "
-    "harm: predicted divergence\nof the model's output from this layer alone. SQNR: of the layer's own output."
+    "share: of the float time of these layers. us: over all recorded calls of the layer, by weight of the workload. "
+    "harm: predicted divergence\nof the model's output from this layer alone. SQNR: of the layer's own output. "
+    "none on linear: the layer as it was."
 )
+
+
+def _ditto(rows: list[list[str]]) -> list[list[str]]:
+    """The rows, where both explanations (the last two columns) are those of the layer above, saying just that."""
+    shown = []
+    previous: list[str] = []
+    for row in rows:
+        explanations = row[-2:]
+        shown.append([*row[:-2], "as above", "as above"] if explanations == previous and any(previous) else row)
+        previous = explanations
+    return shown
 
 
 def _markdown(plan: Plan) -> str:
@@ -198,7 +210,6 @@ def _numbered_prefix(layer: LayerPlan) -> str:
 
 def _cells(plan: Plan, layer: LayerPlan, name: str) -> list[str]:
     option = layer.choice
-    plain = _is_plain(layer)
     return [
         f"{name} (and {', '.join(layer.aliases)})" if layer.aliases else name,
         f"{layer.out_features}x{layer.in_features}",
@@ -206,7 +217,7 @@ def _cells(plan: Plan, layer: LayerPlan, name: str) -> list[str]:
         f"{100 * _ratio(layer.baseline_us, plan.baseline_us):.1f} %",
         _us(layer.baseline_us),
         option.candidate,
-        f"{_PLAIN_KERNEL} (plain)" if plain else kernels(option.program),
+        kernels(option.program) or _PLAIN_KERNEL,
         _us_with_spread(option),
         "-" if option.us is None else f"{_ratio(layer.baseline_us, option.us):.2f}x",
         "-" if option.sqnr_db is None else f"{option.sqnr_db:.1f}",
@@ -301,7 +312,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         facts.append(("whole model", _speed(outcome.speedup, "the float model")))
         facts.append(("versus uniform", _versus_uniform(outcome)))
         facts.append(("divergence", _divergence(plan, outcome)))
-    time = f"{_us(plan.baseline_us)} us -> {_us(plan.us)} us per forward ({_ratio(plan.baseline_us, plan.us):.2f}x)"
+    time = f"{_us(plan.baseline_us)} us -> {_us(plan.us)} us ({_ratio(plan.baseline_us, plan.us):.2f}x)"
     facts.append(("these layers", f"{time}, the sum of their timings"))
     size = f"{bytes_in_words(plan.baseline_nbytes)} -> {bytes_in_words(plan.nbytes)}"
     facts.append(("weight bytes", f"{size} ({_ratio(plan.baseline_nbytes, plan.nbytes):.2f}x smaller)"))
@@ -402,7 +413,7 @@ def _us(us: float) -> str:
 def _us_with_spread(option: Option) -> str:
     if option.us is None:
         return "-"
-    if option.us_low is None or option.us_high is None or not option.us:
+    if option.us_low is None or option.us_high is None or option.us_low == option.us_high:
         return _us(option.us)
     spread = max(option.us_high - option.us, option.us - option.us_low) / option.us
     return f"{_us(option.us)} +-{100 * spread:.1f} %"

@@ -90,8 +90,9 @@ def choose(layers: Sequence[LayerPlan], budget: Budget, kappa: float) -> Choice:
         solution, picked = _solve(us, harm, limit, nbytes, budget.nbytes, "divergence")
     else:
         time_limit = budget.time * sum(layer.baseline_us for layer in layers)
-        unusable = np.where(np.isfinite(us), harm, np.inf)
-        solution, picked = _solve(unusable, us, time_limit, nbytes, budget.nbytes, "time (us)")
+        solution, picked = _solve(
+            np.where(np.isfinite(us), harm, np.inf), us, time_limit, nbytes, budget.nbytes, "time (us)"
+        )
         if harm[np.arange(len(groups)), picked].sum() > limit:
             raise BudgetError(
                 f"inside {budget.time:.0%} of the float time, the least predicted divergence is "
@@ -108,15 +109,14 @@ def _solve(
 
     So each row is sorted by what it spends (stable: ties keep `none` first) and its least is taken off the limit.
     """
+    spent = np.where(np.isfinite(objective), spent, np.inf)
     order = np.argsort(spent, axis=1, kind="stable")
     objective, spent, nbytes = (np.take_along_axis(table, order, axis=1) for table in (objective, spent, nbytes))
     least = spent[:, :1]
     room = limit - least.sum()
     if room < 0:
         raise BudgetError(f"the least {what} that any plan needs is {least.sum():.4g}, and the limit is {limit:.4g}")
-    spent = np.where(np.isfinite(objective), spent - least, np.inf)
-    bytes_limit = {} if max_nbytes is None else {"nbytes": nbytes, "max_nbytes": max_nbytes}
-    solution = solve(objective, spent, room, **bytes_limit)  # type: ignore[arg-type]
+    solution = solve(objective, spent - least, room, nbytes=nbytes, max_nbytes=max_nbytes)
     return solution, [int(order[i, j]) for i, j in enumerate(solution.choice)]
 
 

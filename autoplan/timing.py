@@ -42,7 +42,8 @@ _SAMPLE_US = 5_000.0  # about the time slice of a scheduler: longer calls are in
 class Arm:
     """One kernel in a race; `calls` holds one callable per copy of the weights, rotated so that caches are cold.
 
-    Let the copies exceed the caches by far: on the edge, where they lie in memory can make equal kernels differ by 5 %.
+    Let the copies exceed the caches by far: where they lie in memory was seen to make equal kernels differ by 2 to 5 %,
+    which no timer can tell from a better kernel.
     """
 
     name: str

@@ -54,3 +54,54 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def pyproject() -> dict[str, Any]:
     """pyproject.toml, read."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+class FakeTimer:
+    """Stands in for the clock: kernels take the ratios they are given, and every race is counted.
+
+    `ratios` maps "candidate/kernel" (or "candidate") to time / plain time; what is not named takes 1.5 times as long.
+    `model_ratio` is the planned model's time / float time as a whole; `uniform_ratio` that of the best uniform plan.
+    """
+
+    def __init__(self) -> None:
+        self.ratios: dict[str, float] = {}
+        self.width = 0.01
+        self.baseline_us = 100.0
+        self.model_ratio = 0.5
+        self.uniform_ratio = 1.0  # time of the uniform plan / time of the plan
+        self.races = 0
+        self.comparisons = 0
+
+    def race(self, arms: Any, *, baseline: str, **_: Any) -> dict[str, Any]:
+        self.races += 1
+        timings = {}
+        for arm in arms:
+            arm.calls[0]()
+            ratio = 1.0 if arm.name == baseline else self.ratios.get(arm.name, self.ratios.get(arm.group, 1.5))
+            timings[arm.name] = self._timing(arm.name, arm.group, ratio, exact=arm.name == baseline)
+        return timings
+
+    def compare(self, calls: Any, *, baseline: str, **_: Any) -> dict[str, Any]:
+        self.comparisons += 1
+        for call in calls.values():
+            call()
+        ratios = {"plan": 1.0, "float": 1 / self.model_ratio, "uniform": self.uniform_ratio}
+        return {name: self._timing(name, name, ratios[name], exact=name == baseline) for name in calls}
+
+    def _timing(self, name: str, group: str, ratio: float, exact: bool) -> Any:
+        from autoplan.timing import Timing
+
+        width = 0.0 if exact else self.width
+        return Timing(name, group, self.baseline_us, ratio, ratio * (1 - width), ratio * (1 + width), 8, "")
+
+
+@pytest.fixture
+def timer(monkeypatch: pytest.MonkeyPatch) -> FakeTimer:
+    """Planning with given times instead of measured ones: fast, and the same everywhere."""
+    from autoplan import timing
+
+    fake = FakeTimer()
+    fake.ratios = {"none/onednn": 1.0, "bf16/onednn": 0.8, "int8_dynamic/onednn_u8s8": 0.4, "int8_weight_only": 0.7}
+    monkeypatch.setattr(timing, "race", fake.race)
+    monkeypatch.setattr(timing, "compare", fake.compare)
+    return fake

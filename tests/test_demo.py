@@ -67,7 +67,7 @@ def test_the_embedding_is_the_unit_mean_over_unmasked_tokens() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     with torch.no_grad():
         embeddings = embedder(input_ids=ids, attention_mask=mask)
-        table = embedder.encoder.table.weight  # type: ignore[union-attr]
+        table = embedder.bert.table.weight  # type: ignore[union-attr]
         expected = torch.stack(((table[1] + table[2]) / 2, table[4]))
     torch.testing.assert_close(embeddings, expected / expected.norm(dim=1, keepdim=True))
 

@@ -234,3 +234,11 @@ def test_programs_in_words(program: str, words: str) -> None:
 )
 def test_bytes_in_words(count: int, words: str) -> None:
     assert report.bytes_in_words(count) == words
+
+
+def test_an_explanation_that_repeats_is_not_spelled_out_again(plan: Plan) -> None:
+    same = replace(plan, layers=tuple(replace(plan.layers[0], name=f"h.{i}.fc") for i in range(4)))
+    text = same.report()
+    assert text.count("fastest within the") == 1
+    assert text.count("as above") == 2 * 3
+    assert same.report("markdown").count("fastest within the budget") == 4

@@ -1,0 +1,628 @@
+"""Planning as a whole, on given times: what is chosen, what is left alone and why, and what must not change.
+
+Many of these are defects of torchao.autoquant (removed in 2026), which we must not have.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoplan import (
+    AutoplanError,
+    Budget,
+    Candidate,
+    Plan,
+    PlanCache,
+    apply_plan,
+    autoplan,
+    make_plan,
+    plan_of,
+    record,
+    register_candidate,
+)
+from autoplan.errors import BudgetError, CandidateError, RecordingError
+from autoplan.layers import PlannedLinear
+
+LOOSE = Budget(divergence=0.1)
+
+
+def mlp(dtype: torch.dtype = torch.float32, width: int = 64) -> nn.Sequential:
+    torch.manual_seed(7)
+    return nn.Sequential(
+        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 32)
+    ).to(dtype)
+
+
+def inputs(rows: int = 24, width: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def chosen(model: nn.Module) -> dict[str, str]:
+    return {layer.name: layer.chosen for layer in plan_of(model).layers}
+
+
+def option(plan: Plan, layer: str, candidate: str) -> Any:
+    return next(item for item in plan.layers if item.name == layer).option(candidate)
+
+
+# What is chosen.
+
+
+def test_the_fastest_accurate_candidate_is_chosen_and_the_output_stays_inside_the_budget(timer: Any) -> None:
+    model, x = mlp(), inputs()
+    expected = model(x)
+    assert autoplan(model, x, budget=LOOSE, cache=False) is model
+    assert set(chosen(model).values()) == {"int8_dynamic"}
+    error = ((model(x) - expected).norm() / expected.norm()) ** 2
+    assert 0 < error < 0.1
+    outcome = plan_of(model).outcome
+    assert outcome is not None
+    assert outcome.speedup is not None
+    assert outcome.speedup.value == pytest.approx(2.0)
+    assert outcome.held_out
+
+
+def test_a_tight_budget_buys_only_what_fits(timer: Any) -> None:
+    model = mlp()
+    autoplan(model, inputs(), budget=Budget(divergence=1e-5), cache=False)
+    assert "int8_dynamic" not in chosen(model).values()
+    outcome = plan_of(model).outcome
+    assert outcome is not None
+    assert outcome.divergence.value <= 1e-5
+
+
+def test_a_stricter_budget_on_a_warm_cache_decides_anew_without_timing(timer: Any) -> None:
+    cache, x = PlanCache(), inputs()
+    loose = autoplan(mlp(), x, budget=LOOSE, cache=cache)
+    races = timer.races
+    strict = autoplan(mlp(), x, budget=Budget(divergence=1e-9), cache=cache)
+    assert timer.races == races
+    assert set(chosen(loose).values()) == {"int8_dynamic"}
+    assert "int8_dynamic" not in chosen(strict).values()
+    assert chosen(autoplan(mlp(), x, budget=LOOSE, cache=cache)) == chosen(loose)
+
+
+def test_layers_of_one_shape_are_judged_each_by_its_own_weight(timer: Any) -> None:
+    model = mlp()
+    with torch.no_grad():  # int8 per channel loses what stands beside one huge weight
+        model[2].weight.mul_(1e-3)
+        model[2].weight[:, 0] = 3.0
+        model[2].bias.zero_()
+        model[0].weight[0] = 0.0
+        model[0].bias[0] = 0.0  # the huge column meets a dead input, so the small weights carry the signal
+    plan = plan_of(autoplan(model, inputs(), candidates=["int8_dynamic"], budget=Budget(divergence=1e-3), cache=False))
+    benign, ridden = option(plan, "0", "int8_dynamic"), option(plan, "2", "int8_dynamic")
+    assert ridden.sqnr_db < 10 < benign.sqnr_db
+    assert "SQNR on recorded rows" in ridden.rejected
+    assert not benign.rejected
+    assert timer.races == 2  # 64x64 once, 32x64 once
+
+
+def test_an_outlier_activation_channel_rejects_int8_dynamic(timer: Any) -> None:
+    model, x = mlp(), inputs()
+    x[:, 0] *= 3000.0
+    with torch.no_grad():
+        model[0].weight[:, 0] *= 1e-4
+    plan = plan_of(autoplan(model, x, budget="high", cache=False))
+    assert plan.layers[0].chosen != "int8_dynamic"
+    assert "SQNR on recorded rows" in option(plan, "0", "int8_dynamic").rejected
+
+
+def test_ties_go_to_none(timer: Any) -> None:
+    timer.ratios = dict.fromkeys(("none/onednn", "bf16", "int8_dynamic", "int8_weight_only"), 1.0)
+    model = autoplan(mlp(), inputs(), budget=LOOSE, cache=False)
+    assert set(chosen(model).values()) == {"none"}
+    assert all(type(module) is not PlannedLinear for module in model.modules())
+    assert any("nothing was switched" in note for note in plan_of(model).outcome.notes)  # type: ignore[union-attr]
+
+
+def test_a_gain_that_is_not_sure_is_no_gain(timer: Any) -> None:
+    timer.ratios, timer.width = {"int8_dynamic": 0.9}, 0.2
+    model = autoplan(mlp(), inputs(), budget=LOOSE, cache=False)
+    assert set(chosen(model).values()) == {"none"}
+    assert "not surely faster" in option(plan_of(model), "0", "int8_dynamic").rejected
+
+
+def test_lossless_speed_needs_no_budget(timer: Any) -> None:
+    timer.ratios = {"none/onednn": 0.5}
+    model, x = mlp(), inputs()
+    expected = model(x)
+    autoplan(model, x, budget=Budget(divergence=0.0), cache=False)
+    assert set(chosen(model).values()) == {"none"}
+    assert all(layer.choice.program == "1:onednn" for layer in plan_of(model).layers)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_the_order_of_candidates_does_not_matter(timer: Any) -> None:
+    names = ["int8_dynamic", "bf16", "int8_weight_only", "int4_g32"]
+    plans = [
+        plan_of(autoplan(mlp(), inputs(), candidates=order, budget="high", cache=False))
+        for order in (names, names[::-1])
+    ]
+    assert plans[0].layers == plans[1].layers
+
+
+def test_the_same_seed_gives_the_same_plan(timer: Any) -> None:
+    plans = [plan_of(autoplan(mlp(), inputs(), cache=False, seed=3)) for _ in range(2)]
+    assert plans[0].layers == plans[1].layers
+    assert plans[0].outcome == plans[1].outcome
+
+
+# Do no harm.
+
+
+def test_the_float_model_is_kept_when_the_whole_is_not_faster(timer: Any) -> None:
+    timer.model_ratio = 1.0
+    model = autoplan(mlp(), inputs(), budget=LOOSE, cache=False)
+    assert type(model[0]) is nn.Linear
+    assert any("not surely faster than the float model" in note for note in plan_of(model).outcome.notes)  # type: ignore[union-attr]
+
+
+def test_a_uniform_plan_that_beats_the_solver_is_taken(timer: Any) -> None:
+    timer.ratios = {"int8_dynamic": 0.5, "bf16": 0.6}
+    harmless = plan_of(autoplan(mlp(), inputs(), candidates=["bf16"], cache=False)).predicted_divergence
+    whole = plan_of(autoplan(mlp(), inputs(), candidates=["int8_dynamic"], budget=LOOSE, cache=False))
+    timer.uniform_ratio = 0.8
+    budget = Budget(divergence=(harmless + whole.predicted_divergence) / 2)
+    model = autoplan(mlp(), inputs(), candidates=["bf16", "int8_dynamic"], budget=budget, cache=False)
+    assert set(chosen(model).values()) == {"bf16"}
+    assert any("was taken" in note for note in plan_of(model).outcome.notes)  # type: ignore[union-attr]
+
+
+def test_the_users_metric_is_the_last_judge(timer: Any) -> None:
+    x = inputs()
+    expected = mlp()(x)
+
+    def exactness(model: nn.Module) -> float:
+        return -float((model(x) - expected).abs().max())
+
+    kept = autoplan(mlp(), x, budget=LOOSE, evaluate=(exactness, 1e-6), cache=False)
+    assert type(kept[0]) is nn.Linear
+    assert any("evaluate() fell" in note for note in plan_of(kept).outcome.notes)  # type: ignore[union-attr]
+    assert set(chosen(autoplan(mlp(), x, budget=LOOSE, evaluate=(exactness, 10.0), cache=False)).values()) == {
+        "int8_dynamic"
+    }
+
+
+def test_a_single_sample_is_reported_as_not_held_out(timer: Any) -> None:
+    plan = plan_of(autoplan(mlp(), inputs(rows=1), budget=LOOSE, cache=False))
+    assert plan.outcome is not None
+    assert not plan.outcome.held_out
+    assert any("not held out" in note for note in plan.outcome.notes)
+
+
+# What planning must not change.
+
+
+class Counting(nn.Module):
+    """Counts its forwards, and whether gradients were on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 32)
+        self.dropout, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(64)
+        self.register_buffer("steps", torch.zeros(()))
+        self.calls: Counter[bool] = Counter()
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        self.calls[torch.is_grad_enabled()] += 1
+        self.steps += 1
+        y = self.b(self.dropout(self.norm(self.a(x).relu())))
+        return y if scale is None else y * scale
+
+
+def test_the_users_own_call_runs_once_in_their_grad_mode_and_returns_the_float_output(timer: Any) -> None:
+    model = Counting().eval()
+    x = inputs()
+    expected = copy.deepcopy(model)(x)
+    model = autoplan(model, budget=LOOSE, cache=False)
+    assert not model.calls
+    y = model(x)
+    assert model.calls[True] == 1
+    assert torch.equal(y, expected)
+    assert y.requires_grad
+    assert set(chosen(model).values()) == {"int8_dynamic"}
+    assert model.steps == 1  # planning's extra forwards left the buffer as the user's call did
+
+
+def test_extra_forwards_leave_no_trace(timer: Any) -> None:
+    model = Counting().train()
+    model.a.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items() if "norm" in key or key == "steps"}
+    torch.manual_seed(5)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    autoplan(model, (inputs(),), budget=LOOSE, cache=False)
+    assert torch.equal(torch.rand(3), drawn)
+    after = model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert model.training
+    assert not model.a.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.calls[True]
+
+
+def test_hooks_names_and_flags_survive(timer: Any) -> None:
+    model = mlp().train()
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    model[0].bias.requires_grad_(False)
+    names = [name for name, _ in model.named_modules()]
+    autoplan(model, inputs(), budget=LOOSE, cache=False)
+    seen.clear()
+    model(inputs())
+    assert seen == [torch.Size((24, 64))]
+    assert [name for name, _ in model.named_modules()] == names
+    assert type(model[0]) is PlannedLinear
+    assert model[0].training
+    assert not model[0].bias.requires_grad
+    assert model[2].bias.requires_grad
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_exception_while_planning_changes_nothing(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autoplan import validate
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the machine burns")
+
+    monkeypatch.setattr(validate, "whole_model_times", broken)
+    model, x = Counting().train(), inputs()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="machine burns"):
+        autoplan(model, x, budget=LOOSE, cache=False)
+    assert type(model.a) is nn.Linear
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items() if key != "steps")
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    with pytest.raises(AutoplanError, match="has no plan"):
+        plan_of(model)
+
+
+def test_if_lazy_planning_fails_the_float_model_stays_with_a_warning(
+    timer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from autoplan import benchmark
+
+    monkeypatch.setattr(benchmark, "measure", lambda *_, **__: 1 / 0)
+    model, x = mlp(), inputs()
+    expected = model(x)
+    model = autoplan(model, cache=False)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(model(x), expected)
+    assert "planning failed, the float model stays: ZeroDivisionError" in caplog.text
+    assert type(model[0]) is nn.Linear
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+
+
+def test_a_first_call_that_raises_is_not_the_recording(timer: Any) -> None:
+    model = autoplan(mlp(), budget=LOOSE, cache=False)
+    with pytest.raises(RuntimeError):
+        model(inputs(width=63))
+    model(inputs())
+    assert set(chosen(model).values()) == {"int8_dynamic"}
+
+
+def test_concurrent_first_calls_plan_once(timer: Any) -> None:
+    model, x = mlp(), inputs()
+    expected = model(x)
+    model = autoplan(model, budget=LOOSE, cache=False)
+    outputs: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: outputs.append(model(x))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outputs) == 4
+    assert any(torch.equal(y, expected) for y in outputs)
+    assert all(((y - expected).norm() / expected.norm()) < 0.1 for y in outputs)
+    assert set(chosen(model).values()) == {"int8_dynamic"}
+
+
+# How models are called.
+
+
+class Keyword(nn.Module):
+    """Calls its layers by keyword, and returns a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 32)
+
+    def forward(self, *, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        return {"ids": mask.long(), "hidden": self.b(input=self.a(input=x) * mask)}
+
+
+@pytest.mark.parametrize("as_batches", [False, True])
+def test_dict_inputs_and_keyword_calls(timer: Any, as_batches: bool) -> None:
+    model, batch = Keyword(), {"x": inputs(), "mask": torch.ones(24, 1)}
+    expected = model(**batch)["hidden"]
+    model = autoplan(model, [batch] * 3 if as_batches else batch, budget=LOOSE, cache=False)
+    assert set(chosen(model).values()) == {"int8_dynamic"}
+    y = model(**batch)["hidden"]
+    assert ((y - expected).norm() / expected.norm()) < 0.1
+
+
+def test_a_bias_is_never_dropped(timer: Any) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[0].bias.fill_(50.0)
+    x = inputs()
+    expected = model[0](x)
+    autoplan(model, x, budget=LOOSE, cache=False)
+    assert ((model[0](x) - expected).norm() / expected.norm()) < 0.01
+
+
+def test_autocast_is_recorded_at_its_effective_dtype_and_works_after_planning(timer: Any) -> None:
+    model, x = mlp(), inputs()
+    with record(model) as recording, torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+    assert {call.dtype for profile in recording.profiles() for call in profile.calls} == {"bfloat16"}
+    apply_plan(model, make_plan(model, recording, budget=LOOSE, cache=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert ((y - expected).float().norm() / expected.float().norm()) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(timer: Any, dtype: torch.dtype) -> None:
+    model, x = mlp(dtype), inputs(dtype=dtype)
+    expected = model(x)
+    autoplan(model, x, budget=LOOSE, cache=False)
+    assert set(chosen(model).values()) == {"int8_dynamic"}
+    assert model(x).dtype == dtype
+    assert ((model(x) - expected).float().norm() / expected.float().norm()) < 0.1
+
+
+def test_workloads_weigh_what_was_recorded(timer: Any) -> None:
+    model = mlp()
+    with record(model) as recording:
+        with recording.workload("prefill"):
+            model(inputs(48))
+        with recording.workload("decode", weight=256):
+            for _ in range(3):
+                model(inputs(1))
+    plan = make_plan(model, recording, budget=LOOSE, cache=False)
+    assert plan.workloads == {"prefill": 1.0, "decode": 256.0}
+    assert plan.layers[0].baseline_us == pytest.approx(100.0 * (1 + 3 * 256))
+    assert type(model[0]) is nn.Linear
+
+
+# What is left alone.
+
+
+class Zoo(nn.Module):
+    """One of everything that must be left alone, beside layers that may be planned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        class Scaled(nn.Linear):
+            def forward(self, input: Tensor) -> Tensor:
+                return super().forward(input) * 2
+
+        self.embedding = nn.Embedding(50, 64)
+        self.plain = nn.Linear(64, 64)
+        self.again = self.plain
+        self.twin = nn.Linear(64, 64)
+        self.twin.weight = self.plain.weight
+        self.scaled = Scaled(64, 64)
+        self.parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.unused = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 50, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        x = self.twin(self.again(self.plain(x)))
+        x = self.parametrized(self.scaled(x))
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(x)
+
+
+def test_what_cannot_be_planned_is_left_alone_with_a_reason(timer: Any) -> None:
+    model = Zoo().eval()
+    ids = torch.randint(0, 50, (24, 5))
+    expected = model(ids)
+    autoplan(model, ids, budget=LOOSE, cache=False)
+    plan = plan_of(model)
+    reasons = {item.name: item.reason for item in plan.left_alone}
+    assert "forward of its own" in reasons["scaled"]
+    assert "parametrized" in reasons["parametrized"]
+    assert "NonDynamicallyQuantizableLinear" in reasons["attention.out_proj"]
+    assert reasons["unused"] == "saw no input while recording"
+    assert "tied to embedding.weight" in reasons["head"]
+    assert [(layer.name, layer.aliases) for layer in plan.layers] == [("plain", ("again", "twin"))]
+    assert plan.layers[0].calls[0].count == 3
+    assert model.plain is model.again
+    assert isinstance(model.twin, PlannedLinear)
+    assert model.twin._packed is model.plain._packed
+    assert model.head.weight is model.embedding.weight
+    assert ((model(ids) - expected).norm() / expected.norm()) < 0.1
+
+
+def test_a_linear_that_is_the_model_itself_is_left_alone(timer: Any) -> None:
+    layer = nn.Linear(64, 32)
+    autoplan(layer, inputs(), cache=False)
+    assert not plan_of(layer).layers
+    assert "the model itself" in plan_of(layer).left_alone[0].reason
+
+
+def test_include_exclude_and_pin(timer: Any) -> None:
+    model = autoplan(mlp(), inputs(), budget=LOOSE, exclude="0", pin={"4": "int8_weight_only"}, cache=False)
+    assert chosen(model) == {"2": "int8_dynamic", "4": "int8_weight_only"}
+    assert {item.name: item.reason for item in plan_of(model).left_alone} == {"0": "excluded by the caller"}
+    assert plan_of(model).layers[1].reason == "pinned by the caller"
+    assert list(chosen(autoplan(mlp(), inputs(), include=["0", "4"], exclude="4", budget=LOOSE, cache=False))) == ["0"]
+
+
+def test_groups_get_one_candidate(timer: Any) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight.mul_(1e-3)
+        model[2].weight[:, 0] = 3.0
+        model[2].bias.zero_()
+        model[0].weight[0] = 0.0
+        model[0].bias[0] = 0.0
+    plan = plan_of(autoplan(model, inputs(), budget=LOOSE, groups=[["0", "2"]], cache=False))
+    assert plan.layers[0].chosen == plan.layers[1].chosen != "int8_dynamic"
+    assert plan.layers[2].chosen == "int8_dynamic"
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"budget": "tiny"}, BudgetError, "one of the presets lossless, high, balanced"),
+        ({"budget": 0.1}, BudgetError, "neither a Budget nor"),
+        ({"candidates": ["int3"]}, CandidateError, "no candidate is named 'int3'"),
+        (
+            {"exclude": "encoder.*"},
+            RecordingError,
+            r"exclude: the pattern 'encoder.\*' matches no layer; there are 0, 2, 4",
+        ),
+        ({"include": ["9"]}, RecordingError, "include: the pattern '9' matches no layer"),
+        ({"pin": {"0": "int7"}}, CandidateError, "'int7' is not among the candidates"),
+        ({"pin": {"x": "bf16"}}, RecordingError, "pin: the pattern 'x' matches no layer"),
+        ({"pin": {"0": "int4_g128"}}, CandidateError, "layer '0' cannot use int4_g128: in_features 64"),
+        ({"groups": [["0"], ["*"]]}, AutoplanError, "layer '0' is in two groups"),
+        ({"evaluate": 3}, AutoplanError, "evaluate= must be callable"),
+        ({"output": "logits"}, AutoplanError, "output= must be a callable"),
+        ({"output": lambda result: None}, AutoplanError, "output= must return a floating tensor"),
+        ({"max_seconds": 0}, AutoplanError, "max_seconds must be positive"),
+        ({"cache": 17}, AutoplanError, "cache=17"),
+    ],
+)
+def test_bad_arguments_get_a_clear_error(
+    timer: Any, arguments: dict[str, Any], error: type[AutoplanError], message: str
+) -> None:
+    model = mlp()
+    with pytest.raises(error, match=message):
+        autoplan(model, inputs(), **({"cache": False} | arguments))
+    assert all(type(module) is not PlannedLinear for module in model)
+
+
+def test_unknown_arguments_and_inputs_are_refused(timer: Any) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        autoplan(mlp(), inputs(), supress_errors=True)  # type: ignore[call-arg]
+    with pytest.raises(RecordingError, match="must be a Tensor, a tuple"):
+        autoplan(mlp(), 3, cache=False)
+    with pytest.raises(RecordingError, match="holds no batch"):
+        autoplan(mlp(), [], cache=False)
+    with pytest.raises(AutoplanError, match=r"takes an nn\.Module"):
+        autoplan(lambda x: x, inputs())  # type: ignore[type-var]
+    with pytest.raises(BudgetError, match="an empty budget"):
+        Budget()
+    with pytest.raises(BudgetError, match="divergence must be a positive number"):
+        Budget(divergence=float("nan"))
+
+
+def test_planning_twice_is_a_no_op_with_a_message(timer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = autoplan(mlp(), inputs(), budget=LOOSE, cache=False)
+    plan = plan_of(model)
+    with caplog.at_level(logging.WARNING):
+        assert autoplan(model, inputs()) is model
+    assert "planned already" in caplog.text
+    assert plan_of(model) is plan
+    with pytest.raises(RecordingError, match="planned already"), record(model):
+        pass
+    with pytest.raises(RecordingError, match="planned already"):
+        apply_plan(model, plan)
+
+
+def test_an_empty_recording_is_refused(timer: Any) -> None:
+    model = mlp()
+    with record(model) as recording:
+        pass
+    with pytest.raises(RecordingError, match="nothing was recorded"):
+        make_plan(model, recording)
+
+
+def test_a_model_without_linears_plans_to_nothing(timer: Any) -> None:
+    model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU())
+    autoplan(model, torch.randn(8, 3, 10), cache=False)
+    assert plan_of(model).layers == ()
+    assert "nothing was switched" in plan_of(model).report()
+
+
+# A candidate of the user's own.
+
+
+class Rounded(Candidate):
+    """Weights on a coarse grid: no kernel of its own, it runs its `linear`."""
+
+    name = "test_rounded"
+    tensors = ("weight",)
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": (weight * 256).round() / 256}
+
+
+def test_a_candidate_of_the_users_own_is_timed_scored_and_run(timer: Any) -> None:
+    timer.ratios = {"test_rounded": 0.3}
+    x = inputs()
+    candidate = register_candidate(Rounded())
+    model = autoplan(mlp(), x, candidates=[candidate], budget=LOOSE, cache=False)
+    assert set(chosen(model).values()) == {"test_rounded"}
+    expected = x @ candidate.quantize(mlp()[0].weight)["weight"].T + mlp()[0].bias
+    torch.testing.assert_close(model[0](x), expected)
+
+
+# Plans again.
+
+
+def test_a_cached_plan_needs_no_measurement(timer: Any) -> None:
+    cache, x = PlanCache(), inputs()
+    first = autoplan(mlp(), x, budget=LOOSE, cache=cache)
+    races, comparisons = timer.races, timer.comparisons
+    second = autoplan(mlp(), x, budget=LOOSE, cache=cache)
+    assert (timer.races, timer.comparisons) == (races, comparisons)
+    assert plan_of(second) == plan_of(first)
+    assert torch.equal(second(x), first(x))
+
+
+def test_other_weights_reuse_timings_but_never_scores(timer: Any) -> None:
+    cache, x = PlanCache(), inputs()
+    autoplan(mlp(), x, budget=LOOSE, cache=cache)
+    races, scores = timer.races, len(cache.keys("sensitivities"))
+    other = mlp()
+    with torch.no_grad():
+        other[0].weight.mul_(1.01)
+    autoplan(other, x, budget=LOOSE, cache=cache)
+    assert timer.races == races
+    assert len(cache.keys("sensitivities")) == 2 * scores
+
+
+def test_the_lazy_form_and_the_eager_form_make_one_plan(timer: Any) -> None:
+    cache, x = PlanCache(), inputs()
+    eager = autoplan(mlp(), x, budget=LOOSE, cache=cache)
+    lazy = autoplan(mlp(), budget=LOOSE, cache=cache)
+    with torch.no_grad():
+        lazy(x)
+    assert plan_of(lazy) == plan_of(eager)
+
+
+def test_max_seconds_gives_a_valid_plan(timer: Any) -> None:
+    model = autoplan(mlp(), inputs(), budget=LOOSE, max_seconds=1e-6, cache=False)
+    assert set(chosen(model).values()) == {"none"}
+    assert "max_seconds ran out" in option(plan_of(model), "0", "int8_dynamic").rejected
+    assert torch.isfinite(model(inputs())).all()
+
+
+def test_batch_invariant_keeps_one_kernel_per_layer(timer: Any) -> None:
+    timer.ratios = {"int8_weight_only/int8pack": 0.4, "int8_weight_only/dequantize_int8": 0.5}
+    model = autoplan(mlp(), [inputs(1), inputs(48), inputs(24)], budget=LOOSE, batch_invariant=True, cache=False)
+    assert all("," not in layer.choice.program for layer in plan_of(model).layers)
