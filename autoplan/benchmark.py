@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 import sys
 import types
 from bisect import bisect_left
@@ -147,19 +148,19 @@ def _from_record(shape: Shape, value: Mapping[str, Any]) -> Measurement | None:
     return measurement if sound and measurement.ratio > 0 else None
 
 
+Call = Callable[[], object]
+Maker = Callable[[], Call]  # each call makes one more copy of a packed weight, and what runs on it
+
+
 def _race(shape: Shape, contenders: Sequence[Contender], seed: int, max_seconds: float) -> list[Measurement]:
     """One race at one shape: random weights, as many copies of each as it takes to leave the caches."""
     generator = torch.Generator().manual_seed(seed)
     weight_dtype, dtype = getattr(torch, shape.weight_dtype), getattr(torch, shape.dtype)
-    size = (shape.out_features, shape.in_features)
-    weight = (torch.randn(size, generator=generator) * 0.02).to(weight_dtype)
+    weight = (torch.randn((shape.out_features, shape.in_features), generator=generator) * 0.02).to(weight_dtype)
     bias = torch.randn(shape.out_features, generator=generator).to(weight_dtype) if shape.has_bias else None
     x = torch.randn((shape.rows, shape.in_features), generator=generator).to(dtype)
-    copies = _copies(weight.numel() * weight.element_size() * (1 + len(contenders) / 2))
-    plain = [weight.to(dtype).clone() for _ in range(copies)]  # under autocast, torch keeps the cast weight too
-    plain_bias = None if bias is None else bias.to(dtype)
-    arms = [timing.Arm("/".join(BASELINE), BASELINE[0], [_plain_call(x, w, plain_bias, shape.mode) for w in plain])]
-    failures = []
+    makers: dict[tuple[str, str], Maker] = {BASELINE: _plain_maker(weight, bias, x, shape.mode)}
+    failures: dict[tuple[str, str], str] = {}
     canonical: dict[str, packing.Canonical] = {}
     with torch.no_grad():
         for contender in contenders:
@@ -169,60 +170,78 @@ def _race(shape: Shape, contenders: Sequence[Contender], seed: int, max_seconds:
             try:
                 if candidate.name not in canonical:
                     canonical[candidate.name] = candidate.quantize(weight)
-                calls = _calls(shape, contender, canonical[candidate.name], x, bias, copies)
-            except Exception as error:  # reported as this kernel's result, like an exception while it is timed
-                failures.append((contender, f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"))
-                continue
-            arms.append(timing.Arm(f"{candidate.name}/{kernel.name}", candidate.name, calls))
+                makers[candidate.name, kernel.name] = _maker(shape, contender, canonical[candidate.name], x, bias)
+            except Exception as error:  # a result like an exception while it is timed: the report tells it
+                failures[candidate.name, kernel.name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+        copies = _copies(weight.nbytes * (1 + len(makers) / 2))
+        arms = _dealt(makers, copies, random.Random(seed))
         results = timing.race(arms, baseline="/".join(BASELINE), margin=MARGIN, max_seconds=max_seconds, seed=seed)
     baseline_us = results["/".join(BASELINE)].baseline_us
-    measured = []
-    for result in results.values():
-        candidate_name, _, kernel_name = result.name.partition("/")
-        measured.append(Measurement(shape, candidate_name, kernel_name, baseline_us, result.ratio, result.ratio_low,
-                                    result.ratio_high, result.rounds, result.note))  # fmt: skip
-    for contender, note in failures:
-        measured.append(Measurement(shape, contender.candidate.name, contender.kernel.name, baseline_us, math.inf,
-                                    math.inf, math.inf, 0, note))  # fmt: skip
-    wanted = {(c.candidate.name, c.kernel.name) for c in contenders}
-    return [m for m in measured if (m.candidate, m.kernel) in wanted]
+    measured = [
+        Measurement(shape, *key, baseline_us, timed.ratio, timed.ratio_low, timed.ratio_high, timed.rounds, timed.note)
+        for key in makers
+        for timed in [results["/".join(key)]]
+    ]
+    measured += [
+        Measurement(shape, *key, baseline_us, math.inf, math.inf, math.inf, 0, note) for key, note in failures.items()
+    ]
+    wanted = {(contender.candidate.name, contender.kernel.name) for contender in contenders}
+    return [measurement for measurement in measured if (measurement.candidate, measurement.kernel) in wanted]
 
 
-def _plain_call(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str) -> Callable[[], object]:
-    if mode == "compiled":  # a compiled graph calls the matrix product without a module around it
-        return lambda: F.linear(x, weight, bias)
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias, requires_grad=False)
-    return lambda: layer(x)
+def _dealt(makers: Mapping[tuple[str, str], Maker], copies: int, chance: random.Random) -> list[timing.Arm]:
+    """The arms, each with its copies: allocated in turns of random order, and used in random order.
+
+    Memory placement alone can make one of two identical arms look several percent faster, when each arm's copies lie
+    side by side; and when they lie in a fixed order, one arm can fetch the memory of the next.
+    """
+    calls: dict[tuple[str, str], list[Call]] = {key: [] for key in makers}
+    for _ in range(copies):
+        for key in chance.sample(list(makers), len(makers)):
+            calls[key].append(makers[key]())
+    for own in calls.values():
+        chance.shuffle(own)
+    return [timing.Arm("/".join(key), key[0], own) for key, own in calls.items()]
 
 
-def _calls(
-    shape: Shape, contender: Contender, canonical: packing.Canonical, x: Tensor, bias: Tensor | None, copies: int
-) -> list[Callable[[], object]]:
-    """One callable per copy of the packed weight, run the way the planned model will run it."""
+def _plain_maker(weight: Tensor, bias: Tensor | None, x: Tensor, mode: str) -> Maker:
+    weight = weight.to(x.dtype)  # under autocast, torch keeps the cast weight
+    bias = None if bias is None else bias.to(x.dtype)
+
+    def make() -> Call:
+        copy = weight.clone()
+        if mode == "compiled":  # a compiled graph calls the matrix product without a module around it
+            return functools.partial(F.linear, x, copy, bias)
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=x.dtype)
+        layer.weight = nn.Parameter(copy, requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return functools.partial(layer, x)
+
+    return make
+
+
+def _maker(shape: Shape, contender: Contender, canonical: packing.Canonical, x: Tensor, bias: Tensor | None) -> Maker:
+    """Makes what the planned model will run: a planned layer, or in compiled mode what the graph will call."""
     kernel, program = contender.kernel, f"1:{contender.kernel.name}"
-    copied = [{key: tensor.clone() for key, tensor in canonical.items()} for _ in range(copies)]
-    if shape.mode == "compiled":
-        packed = [kernel.pack(tensors) for tensors in copied]
-        run = _compiled(kernel, x, packed[0], bias)
-        if run is None:
-
-            def run(x: Tensor, bias: Tensor | None, *packed: Tensor) -> object:
-                return torch.ops.autoplan.linear(x, packed, bias, program, shape.out_features, x.dtype)
-
-        return [functools.partial(run, x, bias, *tensors) for tensors in packed]
     parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    layers = [
-        PlannedLinear("timed", contender.candidate.name, program, tensors, parameter,
-                      size=(shape.out_features, shape.in_features), dtype=x.dtype)
-        for tensors in copied
-    ]  # fmt: skip
-    return [functools.partial(layer, x) for layer in layers]
+    compiled = _compiled(kernel, x, kernel.pack(canonical), bias) if shape.mode == "compiled" else None
+
+    def make() -> Call:
+        copy = {key: tensor.clone() for key, tensor in canonical.items()}
+        if compiled is not None:
+            return functools.partial(compiled, x, *kernel.pack(copy))
+        if shape.mode == "compiled":
+            packed = kernel.pack(copy)
+            return functools.partial(torch.ops.autoplan.linear, x, packed, bias, program, shape.out_features, x.dtype)
+        size = (shape.out_features, shape.in_features)
+        layer = PlannedLinear("timed", contender.candidate.name, program, copy, parameter, size=size, dtype=x.dtype)
+        return functools.partial(layer, x)
+
+    return make
 
 
-def _compiled(kernel: Kernel, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None) -> Any:
+def _compiled(kernel: Kernel, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None) -> Callable[..., object] | None:
     """The kernel's inline form through Inductor, or None when there is nothing in it that Inductor could fuse.
 
     Goes round Dynamo, so that nothing counts against anyone's recompile limit.
@@ -233,15 +252,16 @@ def _compiled(kernel: Kernel, x: Tensor, packed: Sequence[Tensor], bias: Tensor 
 
     inline, dtype = kernel.inline, x.dtype
 
-    def traced(x: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
+    def traced(x: Tensor, *packed: Tensor) -> Tensor:
         return inline(x, packed, bias, dtype)
 
-    graph = make_fx(traced, tracing_mode="fake")(x, bias, *packed)
+    graph = make_fx(traced, tracing_mode="real")(x, *packed)
     if sum(node.op == "call_function" for node in graph.graph.nodes) <= 1:
         return None
     from torch._inductor import compile as inductor_compile
 
-    return inductor_compile(graph, [x, bias, *packed])
+    compiled: Callable[..., object] = inductor_compile(graph, [x, *packed])
+    return compiled
 
 
 def _copies(bytes_a_round: float) -> int:

@@ -269,6 +269,8 @@ def _why_not(plan: Plan, layer: LayerPlan, option: Option) -> str:
         slower = _ratio(option.us, chosen.us) - 1
         return f"{100 * slower:.0f} % slower" if slower >= 0.01 else "no faster"
     gain, harm = chosen.us - option.us, (option.harm or 0.0) - (chosen.harm or 0.0)
+    if _nothing_switched(plan):
+        return f"harm {_small(option.harm or 0.0)}, but the float model was kept as a whole"
     if plan.budget.time is not None:
         return "faster than the time budget asks for"
     if harm > 0:
