@@ -23,7 +23,7 @@ class Rules:
     """What the caller asked for that bears on single layers."""
 
     mode: str  # "eager" or "compiled"
-    workload_weights: Mapping[str, float]
+    call_weights: Mapping[str, float]  # workload -> what one recorded call of it counts
     pinned: Mapping[str, str] = field(default_factory=dict)  # layer -> candidate
     group_of: Mapping[str, str] = field(default_factory=dict)  # layer -> group
     wants_bytes: bool = False  # then what is smaller stays in, even if it is slower
@@ -72,7 +72,7 @@ def with_times(menu: Menu, found: Mapping[Key, Measurement], rules: Rules) -> La
     """The layer with every candidate's time, those rejected that cannot win. Nothing is chosen yet (`none` stands)."""
     profile = menu.profile
     calls = {
-        shape: sum(rules.workload_weights.get(workload, 1.0) * count for workload, count in counts.items())
+        shape: sum(rules.call_weights.get(workload, 1.0) * count for workload, count in counts.items())
         for shape, counts in benchmark.shapes_of(profile, rules.mode).items()
     }
     plain = [found.get((shape, *BASELINE)) for shape in calls]

@@ -182,7 +182,7 @@ class _Planning:
             return plan
         with self._stage("timing"):
             rules = Rules(
-                self.mode, recording.weights, self.pinned, group_of, request.wants_bytes, request.batch_invariant
+                self.mode, recording.call_weights(), self.pinned, group_of, request.wants_bytes, request.batch_invariant
             )
             layers = self._timed(profiles, rules)
         with self._stage("scoring"), undisturbed(self.model):
@@ -400,7 +400,7 @@ class _Planning:
                 self.recording.weights,
                 baseline="plan",
                 compiled=self.mode == "compiled",
-                max_seconds=_WHOLE_MODEL_SECONDS,
+                seconds=_WHOLE_MODEL_SECONDS,
                 seed=self.request.seed,
             )
         self.progress("whole model", 1, 1)

@@ -131,6 +131,7 @@ class Recording:
         self.decisions = {decision.names[0]: decision for decision in decisions}
         self.seed = seed
         self.weights: dict[str, float] = {}  # workload -> weight
+        self.forwards: Counter[str] = Counter()  # workload -> calls of the model
         self.inputs: list[ModelInput] = []
         self.inputs_dropped = 0
         self._calls: dict[str, Counter[tuple[str, int, str]]] = {name: Counter() for name in self.decisions}
@@ -140,7 +141,7 @@ class Recording:
 
     @contextmanager
     def workload(self, name: str, weight: float = 1.0) -> Iterator[None]:
-        """Calls made inside belong to the workload `name`, whose time counts `weight` times in the plan.
+        """Calls made inside belong to the workload `name`, of which one forward counts `weight` times in the plan.
 
         Raises RecordingError when the weight is not a positive number, or differs from an earlier one of that name.
         """
@@ -157,6 +158,10 @@ class Recording:
     def profiles(self) -> list[LayerProfile]:
         """One profile per layer that was called, in model order."""
         return [self._profile(name) for name, calls in self._calls.items() if calls]
+
+    def call_weights(self) -> dict[str, float]:
+        """What one recorded call counts, by workload: the workload's weight, over the forwards it was recorded with."""
+        return {name: weight / max(self.forwards[name], 1) for name, weight in self.weights.items()}
 
     def not_called(self) -> list[LeftAlone]:
         """The layers that saw no input while recording."""
@@ -189,6 +194,7 @@ class Recording:
 
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.weights.setdefault(self._workload, 1.0)
+        self.forwards[self._workload] += 1
         size = sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         if self._input_bytes + size > _MAX_INPUT_BYTES:
             self.inputs_dropped += 1

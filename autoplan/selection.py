@@ -175,14 +175,13 @@ def explained(layer: LayerPlan, budget: Budget, kappa: float, pinned: bool) -> L
         reason = "pinned by the caller"
     elif choice.candidate != "none":
         harm = kappa * (choice.harm or 0.0)
-        share = f", {harm / budget.divergence:.1%} of the budget" if budget.divergence else ""
-        reason = f"saves {layer.baseline_us - (choice.us or 0.0):.0f} us for {harm:.1e}{share}"
+        reason = f"fastest, {harm / budget.divergence:.1%} of budget" if budget.divergence else "fastest"
     elif any(not option.rejected for option in layer.options if option.candidate != "none"):
-        reason = "the budget buys more in other layers"
+        reason = "budget buys more elsewhere"
     elif not is_plain(layer):
-        reason = f"exact, and faster on {kernel_names(choice.program)}"
+        reason = "exact, and faster"
     else:
-        reason = "nothing is surely faster than plain F.linear"
+        reason = "nothing is surely faster"
     return replace(layer, reason=reason)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from autoplan.recorder import ModelInput
 from autoplan.records import Estimate
 
 Layers = Mapping[str, nn.Module]
+
+_MIN_ROUNDS, _MAX_ROUNDS = 8, 40
 
 
 def divergence_of(
@@ -33,12 +36,13 @@ def whole_model_times(
     *,
     baseline: str,
     compiled: bool,
-    max_seconds: float,
+    seconds: float,
     seed: int,
 ) -> dict[str, Estimate]:
     """Time of each variant of the model / time of the variant `baseline`: paired, one recorded input per workload.
 
-    With several workloads the ratios are weighted by what each workload takes.
+    With several workloads the ratios are weighted by what each workload takes. Takes about `seconds` beside compiling,
+    but never less than the rounds that an interval needs.
     """
     totals = {name: [0.0, 0.0, 0.0] for name in variants}
     share = 0.0
@@ -46,13 +50,25 @@ def whole_model_times(
     runners = {name: _runner(model, compiled) for name in variants}
     for workload, example in examples.items():
         calls = {name: _timed(model, layers, runners[name], example) for name, layers in variants.items()}
-        results = timing.compare(calls, baseline=baseline, max_seconds=max_seconds / len(examples), seed=seed)
+        rounds = _affordable_rounds(calls.values(), seconds / len(examples))
+        results = timing.compare(calls, baseline=baseline, max_rounds=rounds, seed=seed)
         weight = weights.get(workload, 1.0) * results[baseline].baseline_us
         share += weight
         for name, result in results.items():
             for i, ratio in enumerate((result.ratio, result.ratio_low, result.ratio_high)):
                 totals[name][i] += weight * ratio
     return {name: Estimate(*(total / share for total in sums)) for name, sums in totals.items()}
+
+
+def _affordable_rounds(calls: Iterable[Callable[[], object]], seconds: float) -> int:
+    """How many rounds fit into `seconds`, at least 8: one call each, after one that may compile."""
+    for call_ in (calls := list(calls)):
+        call_()
+    began = time.perf_counter()
+    for call_ in calls:
+        call_()
+    a_round = time.perf_counter() - began
+    return min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(seconds / a_round)))
 
 
 def _timed(model: nn.Module, layers: Layers, runner: nn.Module, example: ModelInput) -> Callable[[], object]:

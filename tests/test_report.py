@@ -242,3 +242,11 @@ def test_an_explanation_that_repeats_is_not_spelled_out_again(plan: Plan) -> Non
     assert text.count("fastest within the") == 1
     assert text.count("as above") == 2 * 3
     assert same.report("markdown").count("fastest within the budget") == 4
+
+
+def test_a_kept_float_model_does_not_blame_the_other_layers() -> None:
+    kept = sample_plan("none")
+    fast = layer("fc", 384, 384, "none")
+    options = tuple(option for option in fast.options if not option.rejected)
+    text = replace(kept, layers=(replace(fast, options=options),)).report("markdown")
+    assert "int8_dynamic: 295 us, harm 1.2e-04, but the float model was kept as a whole" in text
