@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from autoplan.cache.fingerprint import tensor_digest
+from autoplan import kernels
+from autoplan.cache.fingerprint import environment, source_digest, tensor_digest
 from autoplan.candidates import find_candidate
 from autoplan.errors import AutoplanError, PlanMismatchError
 from autoplan.layers import PlannedLinear
@@ -17,6 +20,8 @@ from autoplan.recorder import dtype_name, refuse_planned, unwrap
 from autoplan.selection import is_plain
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_logger = logging.getLogger("autoplan")
 
 
 def apply_plan(model: Model, plan: Plan, *, weights: Literal["check", "skip"] = "check") -> Model:
@@ -38,7 +43,10 @@ def apply_plan(model: Model, plan: Plan, *, weights: Literal["check", "skip"] = 
             names = (layer.name, *layer.aliases)
             planned.update(stand_ins(root, names, layer.chosen, layer.choice.program))
     put(root, planned)
-    vars(root)["_autoplan_plan"] = plan
+    stale = _differences(plan.fingerprints.get("environment", {}))
+    if stale:
+        _logger.warning("this plan was made in another environment, so its times may not hold: %s", "; ".join(stale))
+    vars(root)["_autoplan_plan"] = replace(plan, stale=stale)
     return model
 
 
@@ -85,6 +93,18 @@ def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]
         yield
     finally:
         put(model, previous)
+
+
+def _differences(planned: Mapping[str, Any]) -> tuple[str, ...]:
+    """How the environment here differs from the one that a plan was made in."""
+    if not planned:
+        return ()
+    here = environment(str(planned.get("device_type")), source_digest(kernels))
+    return tuple(
+        f"{key} is {here.get(key)}, was {planned.get(key)}"
+        for key in sorted({*here, *planned})
+        if here.get(key) != planned.get(key)
+    )
 
 
 def _check_match(model: nn.Module, plan: Plan, check_weights: bool) -> None:

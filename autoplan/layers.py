@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from autoplan.candidates import Candidate
 from autoplan.errors import AutoplanError
 from autoplan.kernels import packing
-from autoplan.kernels.ops import Packed, dense_weight, parse_program
+from autoplan.kernels.ops import Packed, parse_program
 
 
 class PlannedLinear(nn.Module):
@@ -113,7 +113,9 @@ class PlannedLinear(nn.Module):
         """The float weight [out_features, in_features] that this layer stands for, computed anew at each access."""
         if self._packed is None:
             return packing.dequantize(self._canonical, self.dtype)
-        return dense_weight(self._packed, self.program, self.dtype)
+        size = (self.out_features, self.in_features)
+        weight: Tensor = torch.ops.autoplan.dense_weight(self._packed, self.program, size, self.dtype)
+        return weight
 
     def canonical(self) -> packing.Canonical:
         """The canonical tensors, as `state_dict()` shows them."""

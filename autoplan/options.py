@@ -190,7 +190,7 @@ def _gate(options: list[Option], baseline_us: float, pinned: str | None, wants_b
         if not option.rejected and option is not none and us is not None:
             ratio = us / baseline_us
             if option.us_high is None or option.us_high >= (1 - MARGIN) * baseline_us:
-                option = replace(option, rejected=f"not surely faster: {ratio:.2f}x the time of plain F.linear")
+                option = replace(option, rejected=f"not surely faster ({ratio:.2f}x the time)")
             elif none.us is not None and us >= none.us:
                 option = replace(
                     option, rejected=f"not faster than none on {kernel_names(none.program)}, which is exact"

@@ -31,6 +31,7 @@ class Plan:
     price_us: float  # microseconds that one unit of divergence buys at the optimum
     outcome: Outcome | None  # None for a point of the frontier that was not measured
     planning_seconds: dict[str, float]  # stage -> seconds
+    stale: tuple[str, ...] = field(default=(), compare=False)  # how the environment it runs in differs from its own
     schema: int = field(default=SCHEMA)
 
     @property

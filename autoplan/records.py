@@ -108,8 +108,8 @@ class Estimate:
 class Option:
     """One candidate for one layer: what was measured, and why it cannot or need not be used.
 
-    Times are microseconds in one forward of the model, over all the layer's calls; with several workloads, in one forward
-    of each, times its weight.
+    Times are microseconds in one forward of the model, over all the layer's calls; with several workloads, in one
+    forward of each, times its weight.
     """
 
     candidate: str

@@ -110,8 +110,8 @@ def _text(plan: Plan) -> str:
 
 
 _LEGEND = (
-    "share: of the float time of these layers. us: over all recorded calls of the layer, by weight of the workload. "
-    "harm: predicted divergence\nof the model's output from this layer alone. SQNR: of the layer's own output. "
+    "share: of the float time of these layers. us: in one forward of the model (of each workload, times its weight). "
+    "harm: predicted\ndivergence of the model's output from this layer alone. SQNR: of the layer's own output. "
     "none on linear: the layer as it was."
 )
 
@@ -329,7 +329,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         total = seconds.get("total", sum(seconds.values()))
         facts.append(("planning took", f"{total:.1f} s: {', '.join(stages)}"))
     facts += [("note", note) for note in (outcome.notes if outcome else ())]
-    facts += [("STALE", f"{mark}; plan.revalidate(model) measures anew") for mark in _stale(plan)]
+    facts += [("STALE", f"{difference}: plan again here to trust the times") for difference in plan.stale]
     return facts
 
 
@@ -390,11 +390,6 @@ def _prediction(plan: Plan) -> str:
         return text
     rounds = _count(plan.outcome.rounds, "round")
     return f"{text}, which is kappa {plan.outcome.kappa:.3g} (measured / predicted) times the sum of harms; {rounds}"
-
-
-def _stale(plan: Plan) -> list[str]:
-    marks = plan.fingerprints.get("stale") or []
-    return [marks] if isinstance(marks, str) else [str(mark) for mark in marks]
 
 
 def _left_alone(plan: Plan) -> list[tuple[str, list[str]]]:

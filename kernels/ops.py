@@ -109,12 +109,6 @@ def run_program(x: Tensor, packed: Packed, bias: Tensor | None, program: str, dt
     return kernels[i].run(x, packed[slices[i]], bias, dtype)
 
 
-def dense_weight(packed: Packed, program: str, dtype: torch.dtype) -> Tensor:
-    """The float weight [out_features, in_features] that the packed tensors of `program` stand for."""
-    _, kernels, slices = parse_program(program)
-    return dequantize(kernels[0].unpack(packed[slices[0]]), dtype)
-
-
 # The one op that any kernel can run behind. `packed` may hold oneDNN's opaque tensors, hence the second dispatch key.
 _LIBRARY = torch.library.Library("autoplan", "FRAGMENT")
 _LIBRARY.define(
@@ -151,14 +145,33 @@ def _linear_fake(
 _implement("linear", _linear, _linear_fake)
 
 
+def _dense_weight(packed: Packed, program: str, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The float weight [out_features, in_features] that the packed tensors of a program stand for."""
+    _, kernels, slices = parse_program(program)
+    weight = dequantize(kernels[0].unpack(packed[slices[0]]), dtype)
+    return weight.clone() if any(weight is tensor for tensor in packed) else weight  # an op's output is its own
+
+
+def _dense_weight_fake(packed: Packed, program: str, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, device=packed[0].device)
+
+
+define_op(
+    "dense_weight(Tensor[] packed, str program, SymInt[] size, ScalarType dtype) -> Tensor",
+    _dense_weight,
+    _dense_weight_fake,
+)
+
+
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, packed, bias, program, _, _ = inputs
-    ctx.packed, ctx.program, ctx.dtype, ctx.bias_dtype = packed, program, x.dtype, None if bias is None else bias.dtype
+    x, packed, bias, program, out_features, _ = inputs
+    ctx.packed, ctx.program, ctx.size, ctx.dtype = packed, program, (out_features, x.shape[1]), x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     """Straight through: the gradient that a float layer with the dequantized weight would pass on."""
-    grad_x = grad.to(ctx.dtype) @ dense_weight(ctx.packed, ctx.program, ctx.dtype)
+    grad_x = grad.to(ctx.dtype) @ torch.ops.autoplan.dense_weight(ctx.packed, ctx.program, ctx.size, ctx.dtype)
     grad_bias = grad.sum(dim=0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
     return grad_x, [None] * len(ctx.packed), grad_bias, None, None, None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,14 @@ from autoplan.candidates import registered
 from autoplan.layers import PlannedLinear
 
 LOOSE = Budget(divergence=0.1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """These tests compile more variants of one class than any user: none may count against the next test's limit."""
+    torch._dynamo.reset()  # noqa: TID251
+    yield
+    torch._dynamo.reset()  # noqa: TID251
 
 
 class Block(nn.Module):

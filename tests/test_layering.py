@@ -36,17 +36,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what was decided, and carrying it out
     "selection": {"solve"},
     "plan": {"cache", "report", "selection"},
-    "apply": {"cache", "candidates", "kernels", "layers", "plan", "recorder"},
+    "apply": {"cache", "candidates", "kernels", "layers", "plan", "recorder", "selection"},
     # what each choice gains and costs, and the whole of them
     "benchmark": {"cache", "candidates", "kernels", "layers", "timing"},
     "options": {"benchmark", "candidates", "kernels", "selection"},
+    "request": {"benchmark", "cache", "candidates", "divergence", "kernels", "recorder", "selection"},
     "divergence": {"recorder"},
-    "sensitivity": {"apply", "cache", "candidates", "divergence", "layers", "recorder"},
+    "sensitivity": {"apply", "divergence", "options", "recorder"},
     "validate": {"apply", "divergence", "recorder", "timing"},
 }
 # the wiring and the edges: planner knows every room above, the public names and the command know planner too
 MAY_IMPORT["planner"] = set(MAY_IMPORT)
-MAY_IMPORT["__init__"] = {"apply", "cache", "candidates", "plan", "planner", "recorder"}
+MAY_IMPORT["__init__"] = {"apply", "cache", "candidates", "plan", "planner", "recorder", "selection"}
 MAY_IMPORT["demo"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 

@@ -1,0 +1,120 @@
+"""Single layers: the best kernel of every candidate against plain F.linear of the same dtype, in one interleaved run.
+
+    python benchmarks/linear.py                        # the default shapes, float32 and bfloat16, eager
+    python benchmarks/linear.py --shapes 4096x4096 --rows 1 8 256 --dtypes float32
+
+For each shape and number of rows, all candidates are raced on rotated copies of random weights (cold caches, as in
+planning). What the planner would run is then raced against plain F.linear a second time, on fresh weights: that ratio
+is the one to quote, for it did not take part in the choice. Prints a table and writes a CSV with device and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from autoplan import benchmark, kernels, options
+from autoplan.cache import fingerprint
+from autoplan.candidates.base import select
+from autoplan.records import Call, Device, LayerProfile, Option
+from autoplan.selection import PLAIN, kernel_names
+
+SHAPES = ("64x64", "384x384", "1536x384", "384x1536", "4096x4096", "11008x4096")
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
+CANDIDATES = ("none", "bf16", "int8_weight_only", "int8_dynamic", "int4_g128", "fp8_weight_only", "fp8_dynamic")
+RESULTS = Path(__file__).parent / "results"
+FIELDS = ["dtype", "shape", "rows", "baseline_us", "lossless", "best", "kernel", "ratio", "low", "high", "others"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="OUTxIN")
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--candidates", nargs="+", default=CANDIDATES)
+    parser.add_argument("--mode", choices=["eager", "compiled"], default="eager")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="CSV file (default: benchmarks/results/<device>/linear.csv)")
+    arguments = parser.parse_args(argv)
+    environment = fingerprint.environment("cpu", fingerprint.source_digest(kernels))
+    print(f"{environment['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.mode}")
+    began, rows = time.monotonic(), []
+    for dtype in arguments.dtypes:
+        for shape in arguments.shapes:
+            out_features, in_features = map(int, shape.split("x"))
+            for count in arguments.rows:
+                calls = (Call("default", count, dtype, 1),)
+                profile = LayerProfile("layer", (), in_features, out_features, True, dtype, "cpu", calls)
+                rows.append(measure(profile, environment, arguments))
+                print(tabulate([rows[-1]], tablefmt="plain"), file=sys.stderr)
+    print(tabulate(rows, headers="keys", floatfmt=".2f"))
+    device = "".join(c if c.isalnum() else "-" for c in str(environment["device"])).strip("-").lower()
+    out = arguments.out or RESULTS / device / "linear.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        versions = {key: environment[key] for key in ("device", "torch", "kernels")}
+        versions |= {"threads": torch.get_num_threads(), "mode": arguments.mode}
+        versions |= {"date": datetime.date.today().isoformat()}
+        writer = csv.DictWriter(file, [*FIELDS, *versions])
+        writer.writeheader()
+        writer.writerows(row | versions for row in rows)
+    print(f"{len(rows)} cases in {time.monotonic() - began:.0f} s; written to {out}")
+    return 0
+
+
+def measure(profile: LayerProfile, environment: dict[str, object], arguments: argparse.Namespace) -> dict[str, object]:
+    """One row of the table: what the planner would choose for speed alone, confirmed in a race of its own."""
+    menu = options.screen(profile, select(arguments.candidates), Device("cpu", "cpu"))
+    rules = options.Rules(arguments.mode, {"default": 1.0})
+    wanted = options.to_time([menu], arguments.mode)
+    found = benchmark.measure(wanted, environment, None, seed=arguments.seed)
+    layer = options.with_times(menu, found, rules)
+    best = min((o for o in layer.options if not o.rejected), key=lambda option: option.us or 0.0)
+    (shape,) = wanted
+    lossless = found[shape, "none", "onednn"].ratio if (shape, "none", "onednn") in found else float("nan")
+    ratio, low, high = confirmed(best, wanted, environment, arguments.seed + 1)
+    return {
+        "dtype": profile.dtype,
+        "shape": f"{profile.out_features}x{profile.in_features}",
+        "rows": profile.calls[0].rows,
+        "baseline_us": round(layer.baseline_us, 1),
+        "lossless": round(1 / lossless, 3),
+        "best": best.candidate,
+        "kernel": kernel_names(best.program),
+        "ratio": round(ratio, 3),
+        "low": round(low, 3),
+        "high": round(high, 3),
+        "others": " ".join(
+            f"{option.candidate}:{layer.baseline_us / option.us:.2f}" for option in layer.options if option.us
+        ),
+    }
+
+
+def confirmed(
+    best: Option, wanted: dict[benchmark.Shape, list[benchmark.Contender]], environment: dict[str, object], seed: int
+) -> tuple[float, float, float]:
+    """Plain time / time of the choice, with its interval, on other weights than it was chosen on; 1 for plain."""
+    if (best.candidate, best.program) == ("none", PLAIN):
+        return 1.0, 1.0, 1.0
+    ((shape, contenders),) = wanted.items()
+    kept = [
+        contender
+        for contender in contenders
+        if (contender.candidate.name, contender.kernel.name)
+        in (benchmark.BASELINE, (best.candidate, kernel_names(best.program)))
+    ]
+    found = benchmark.measure({shape: kept}, environment, None, seed=seed)
+    again = found[shape, best.candidate, kernel_names(best.program)]
+    return 1 / again.ratio, 1 / again.ratio_high, 1 / max(again.ratio_low, 1e-9)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
