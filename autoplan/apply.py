@@ -42,8 +42,8 @@ def apply_plan(model: Model, plan: Plan, *, weights: Literal["check", "skip"] = 
         if not is_plain(layer):
             names = (layer.name, *layer.aliases)
             planned.update(stand_ins(root, names, layer.chosen, layer.choice.program))
-    put(root, planned)
     stale = _differences(plan.fingerprints.get("environment", {}))
+    put(root, planned)
     if stale:
         _logger.warning("this plan was made in another environment, so its times may not hold: %s", "; ".join(stale))
     vars(root)["_autoplan_plan"] = replace(plan, stale=stale)
@@ -63,16 +63,17 @@ def plan_of(model: nn.Module) -> Plan:
 def stand_ins(model: nn.Module, names: tuple[str, ...], candidate: str, program: str) -> dict[str, PlannedLinear]:
     """Planned layers for the Linears of these names, which run one weight: it is quantized once and held once."""
     made: dict[int, PlannedLinear] = {}
-    first: PlannedLinear | None = None
+    holders: dict[int, PlannedLinear] = {}  # by where the weight lies
     for name in names:
         linear = model.get_submodule(name)
         if not isinstance(linear, nn.Linear):
             raise AutoplanError(f"layer {name!r} is a {type(linear).__name__}, not an nn.Linear")
         if id(linear) not in made:
-            if first is None:
-                made[id(linear)] = first = PlannedLinear.from_linear(name, linear, find_candidate(candidate), program)
-            else:
-                made[id(linear)] = first.sharing_weight(name, linear)
+            if holder := holders.get(linear.weight.data_ptr()):
+                made[id(linear)] = holder.sharing_weight(name, linear)
+            else:  # the first; or a twin that was tied when the plan was made, and is not here
+                made[id(linear)] = PlannedLinear.from_linear(name, linear, find_candidate(candidate), program)
+                holders[linear.weight.data_ptr()] = made[id(linear)]
     return {name: made[id(model.get_submodule(name))] for name in names}
 
 
@@ -122,14 +123,20 @@ def _check_match(model: nn.Module, plan: Plan, check_weights: bool) -> None:
             actual = f"{module.out_features}x{module.in_features} {dtype_name(module.weight.dtype)}"
             if actual != planned:
                 wrong.append(f"{name} is {actual}, planned for {planned}")
-            elif (module.bias is not None) != layer.has_bias:
+            elif name == layer.name and (module.bias is not None) != layer.has_bias:  # of a tied twin it may differ
                 wrong.append(f"{name} has {'a' if module.bias is not None else 'no'} bias, unlike the planned layer")
         planned_digest = digests.get(layer.name, {}).get("digest")
-        module = modules.get(layer.name)
-        if not (check_weights and planned_digest and isinstance(module, nn.Linear)):
+        if not (check_weights and planned_digest):
             continue
-        if tensor_digest(module.weight) != planned_digest:
-            wrong.append(f"{layer.name} has other weights")
+        seen: dict[int, str] = {}  # a tied weight once
+        for name in (layer.name, *layer.aliases):
+            module = modules.get(name)
+            if not isinstance(module, nn.Linear):
+                continue
+            pointer = module.weight.data_ptr()
+            seen[pointer] = seen.get(pointer) or tensor_digest(module.weight)
+            if seen[pointer] != planned_digest:
+                wrong.append(f"{name} has other weights")
     if wrong:
         listed = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         remedy = ' (weights="skip" applies it regardless)' if all(w.endswith("other weights") for w in wrong) else ""

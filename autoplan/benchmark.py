@@ -92,7 +92,7 @@ def measure(
             key = (shape, contender.candidate.name, contender.kernel.name)
             known = cache.get("timings", digest(_fingerprint(shape, contender, environment))) if cache else None
             measurement = _from_record(shape, known["value"]) if known else None
-            if measurement is None:
+            if measurement is None or (measurement.candidate, measurement.kernel) != key[1:]:
                 missing.append(contender)
             else:
                 found[key] = measurement
@@ -172,14 +172,15 @@ def _race(shape: Shape, contenders: Sequence[Contender], seed: int, max_seconds:
                     canonical[candidate.name] = candidate.quantize(weight)
                 makers[candidate.name, kernel.name] = _maker(shape, contender, canonical[candidate.name], x, bias)
             except Exception as error:  # a result like an exception while it is timed: the report tells it
-                failures[candidate.name, kernel.name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+                failures[candidate.name, kernel.name] = _failure(error)
         copies = _copies(weight.nbytes * (1 + len(makers) / 2))
-        arms = _dealt(makers, copies, random.Random(seed))
+        arms = _dealt(makers, copies, random.Random(seed), failures)
         results = timing.race(arms, baseline="/".join(BASELINE), margin=MARGIN, max_seconds=max_seconds, seed=seed)
     baseline_us = results["/".join(BASELINE)].baseline_us
     measured = [
         Measurement(shape, *key, baseline_us, timed.ratio, timed.ratio_low, timed.ratio_high, timed.rounds, timed.note)
         for key in makers
+        if key not in failures
         for timed in [results["/".join(key)]]
     ]
     measured += [
@@ -189,8 +190,19 @@ def _race(shape: Shape, contenders: Sequence[Contender], seed: int, max_seconds:
     return [measurement for measurement in measured if (measurement.candidate, measurement.kernel) in wanted]
 
 
-def _dealt(makers: Mapping[tuple[str, str], Maker], copies: int, chance: random.Random) -> list[timing.Arm]:
+def _failure(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _dealt(
+    makers: Mapping[tuple[str, str], Maker],
+    copies: int,
+    chance: random.Random,
+    failures: dict[tuple[str, str], str],
+) -> list[timing.Arm]:
     """The arms, each with its copies: allocated in turns of random order, and used in random order.
+
+    What cannot be packed gets no arm, and its reason in `failures`.
 
     Memory placement alone can make one of two identical arms look several percent faster, when each arm's copies lie
     side by side; and when they lie in a fixed order, one arm can fetch the memory of the next.
@@ -198,10 +210,18 @@ def _dealt(makers: Mapping[tuple[str, str], Maker], copies: int, chance: random.
     calls: dict[tuple[str, str], list[Call]] = {key: [] for key in makers}
     for _ in range(copies):
         for key in chance.sample(list(makers), len(makers)):
-            calls[key].append(makers[key]())
+            if key in failures:
+                continue
+            try:
+                calls[key].append(makers[key]())
+            except Exception as error:
+                if key == BASELINE:
+                    raise
+                failures[key] = _failure(error)
+                calls[key].clear()
     for own in calls.values():
         chance.shuffle(own)
-    return [timing.Arm("/".join(key), key[0], own) for key, own in calls.items()]
+    return [timing.Arm("/".join(key), key[0], own) for key, own in calls.items() if own]
 
 
 def _plain_maker(weight: Tensor, bias: Tensor | None, x: Tensor, mode: str) -> Maker:

@@ -10,7 +10,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autoplan.errors import AutoplanError
-from autoplan.recorder import ModelInput
+from autoplan.recorder import ModelInput, eagerly
 from autoplan.records import Estimate
 
 OutputPicker = Callable[[Any], Tensor]
+
+_SAMPLES = (16, 64, 64)  # at most, for scoring, validation and the final figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,9 @@ class Terms:
         generator = np.random.default_rng(seed)
         picks = generator.integers(len(self.values), size=(resamples, len(self.values)))
         sums = self.values[picks].sum(axis=1)
-        ratios = sums[:, 0] / np.maximum(sums[:, 1], np.finfo(np.float64).tiny)
-        low, high = np.quantile(ratios, (0.025, 0.975))
+        ratios = sums[:, 0] / np.where(sums[:, 1], sums[:, 1], 1.0)
+        with np.errstate(invalid="ignore"):  # between two infinities numpy finds nan
+            low, high = np.nan_to_num(np.quantile(ratios, (0.025, 0.975)), nan=np.inf, posinf=np.inf)
         return Estimate(self.divergence(), float(low), float(high))
 
 
@@ -75,15 +78,17 @@ def undisturbed(model: nn.Module, eager: bool = True) -> Iterator[None]:
     Buffers, RNG and train flags are restored.
     """
     training = {module: module.training for module in model.modules()}
+    held = [(module, dict(module._buffers)) for module in training]  # a forward may put another tensor in its place
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        stance = torch.compiler.set_stance("force_eager" if eager else "default")
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), stance:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), eagerly() if eager else nullcontext():
             model.eval()
             yield
     finally:
         for module, flag in training.items():
             module.training = flag
+        for module, own in held:
+            module._buffers.update(own)
         with torch.no_grad():
             for buffer, saved in buffers:
                 if not torch.equal(buffer, saved):
@@ -91,17 +96,22 @@ def undisturbed(model: nn.Module, eager: bool = True) -> Iterator[None]:
 
 
 def call(model: nn.Module, model_input: ModelInput) -> Any:
-    """Run the model on a copy of a recorded input, moved to the model's device."""
+    """Run the model on a copy of a recorded input, moved to its device, in the autocast region it was recorded in."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = getattr(torch, model_input.autocast or "bfloat16")
     args, kwargs = tree_map(
         lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else copy.deepcopy(leaf),
         (model_input.args, model_input.kwargs),
     )
-    return model(*args, **kwargs)
+    with torch.autocast(device.type, dtype, enabled=model_input.autocast is not None):
+        return model(*args, **kwargs)
 
 
 def main_output(result: Any, picker: OutputPicker | None = None) -> tuple[Tensor, bool]:
     """The output that is judged, and whether it is logits: `.logits`, else the first floating tensor.
+
+    Logits are [batch, classes] or [batch, tokens, classes] with several classes: of any other `.logits` (a score per
+    sample, an image of classes) the relative squared error is taken.
 
     Raises AutoplanError when there is none, or when the user's `output=` callable returns something else.
     """
@@ -112,7 +122,7 @@ def main_output(result: Any, picker: OutputPicker | None = None) -> tuple[Tensor
         return picked, False
     logits = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
     if isinstance(logits, Tensor):
-        return logits, True
+        return logits, logits.dim() in (2, 3) and logits.shape[-1] > 1
     for leaf in tree_leaves(result):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return leaf, False
@@ -130,8 +140,11 @@ def references(model: nn.Module, inputs: Sequence[ModelInput], picker: OutputPic
         mask = _attention_mask(model, model_input, output)
         counted = output if mask is None else output[mask]
         if not bool(torch.isfinite(counted).all()):
-            raise AutoplanError("the float model's own output is not finite on the recorded inputs: nothing to compare")
-        found.append(Reference(model_input, output, mask, logits))
+            raise AutoplanError(
+                "the float model's own output is not finite on the recorded inputs, so nothing can be compared with it; "
+                "if it hides some positions on purpose, pass output=callable that returns the finite part"
+            )
+        found.append(Reference(model_input, output.clone(), mask, logits))  # some models write over their output
     return found
 
 
@@ -145,15 +158,22 @@ def compare(model: nn.Module, against: Sequence[Reference], picker: OutputPicker
 
 
 def _attention_mask(model: nn.Module, model_input: ModelInput, output: Tensor) -> Tensor | None:
-    """The recorded attention_mask [batch, tokens], if the output has those two dimensions in front."""
-    mask = model_input.kwargs.get("attention_mask")
+    """The recorded attention_mask [batch, tokens], if the output is [batch, tokens, ...].
+
+    An output [batch, features] has no tokens to mask, even where there are as many features as tokens.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or any(key.startswith("decoder_") for key in model_input.kwargs):
+        mask = model_input.kwargs.get("decoder_attention_mask")  # the other mask is for the encoder's tokens
+    else:
+        mask = model_input.kwargs.get("attention_mask")
     if mask is None and model_input.args:
         try:
             bound = inspect.signature(model.forward).bind(*model_input.args, **model_input.kwargs)
             mask = bound.arguments.get("attention_mask")
         except (TypeError, ValueError):
             return None
-    if isinstance(mask, Tensor) and mask.dim() == 2 and output.dim() >= 2 and mask.shape == output.shape[:2]:
+    if isinstance(mask, Tensor) and mask.dim() == 2 and output.dim() >= 3 and mask.shape == output.shape[:2]:
         return mask.to(output.device).bool()
     return None
 
@@ -166,6 +186,7 @@ def _terms(reference: Reference, output: Tensor) -> NDArray[np.float64]:
         y, q = y.reshape(1, -1), q.reshape(1, -1)
     if reference.logits:
         numerator = F.kl_div(F.log_softmax(q, -1), F.log_softmax(y, -1), reduction="none", log_target=True).sum(-1)
+        numerator = numerator.clamp_min(0)  # KL is never negative (Gibbs); its rounding is
         denominator = torch.ones_like(numerator)
     else:
         numerator, denominator = (y - q).square().sum(-1), y.square().sum(-1)
@@ -175,7 +196,7 @@ def _terms(reference: Reference, output: Tensor) -> NDArray[np.float64]:
     pair = torch.stack((numerator.flatten(1).sum(1) if numerator.dim() > 1 else numerator,
                         denominator.flatten(1).sum(1) if denominator.dim() > 1 else denominator), dim=1)  # fmt: skip
     # a changed model that gives NaN is infinitely far away; it must never look close
-    result: NDArray[np.float64] = torch.nan_to_num(pair.double(), nan=torch.inf).cpu().numpy()
+    result: NDArray[np.float64] = torch.nan_to_num(pair.double(), nan=torch.inf, posinf=torch.inf).cpu().numpy()
     return result
 
 
@@ -183,7 +204,7 @@ def _like(mask: Tensor, values: Tensor) -> Tensor:
     return mask.reshape(mask.shape + (1,) * (values.dim() - mask.dim()))
 
 
-def split_inputs(model: nn.Module, inputs: Sequence[ModelInput], max_scoring_samples: int = 16) -> Split:
+def split_inputs(model: nn.Module, inputs: Sequence[ModelInput]) -> Split:
     """Three disjoint parts of the recorded inputs: whole batches where a workload has three, else by sample.
 
     A batch is cut along the first dimension only if the model gives the same output sizes for the parts.
@@ -202,13 +223,18 @@ def split_inputs(model: nn.Module, inputs: Sequence[ModelInput], max_scoring_sam
             continue
         for i, part in enumerate(parts):
             part.extend(own[i::3])
-    scoring, samples = [], 0
-    for item in parts[0]:
-        if samples and samples + _batch_size(item) > max_scoring_samples:
+    scoring, validation, final = (_first(part, limit) for part, limit in zip(parts, _SAMPLES, strict=True))
+    return Split(scoring, validation, final, held_out)
+
+
+def _first(items: Sequence[ModelInput], samples: int) -> tuple[ModelInput, ...]:
+    """The first items, at least one, until they hold `samples` samples: outputs are kept, and may be large."""
+    taken: list[ModelInput] = []
+    for item in items:
+        if taken and sum(map(_batch_size, taken)) + _batch_size(item) > samples:
             break
-        samples += _batch_size(item)
-        scoring.append(item)
-    return Split(tuple(scoring), tuple(parts[1]), tuple(parts[2]), held_out)
+        taken.append(item)
+    return tuple(taken)
 
 
 def _batch_size(item: ModelInput) -> int:

@@ -83,8 +83,11 @@ class PlannedLinear(nn.Module):
         return twin
 
     def adopt(self, linear: nn.Module) -> None:
-        """Take over the train flag and the user's hooks of the layer that this one stands in for."""
+        """Take over the train flag, the user's hooks and the user's own attributes of the layer that this stands in for."""
         self.training = linear.training
+        for attribute, value in vars(linear).items():
+            if not attribute.startswith("_") and attribute not in vars(self):
+                setattr(self, attribute, value)
         for attribute in vars(linear):
             if attribute.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
                 object.__setattr__(self, attribute, getattr(linear, attribute))

@@ -31,6 +31,7 @@ class Plan:
     price_us: float  # microseconds that one unit of divergence buys at the optimum
     outcome: Outcome | None  # None for a point of the frontier that was not measured
     planning_seconds: dict[str, float]  # stage -> seconds
+    kappa: float = 1.0  # where there is no outcome to tell it: that of the plan this is another point of
     stale: tuple[str, ...] = field(default=(), compare=False)  # how the environment it runs in differs from its own
     schema: int = field(default=SCHEMA)
 
@@ -45,8 +46,7 @@ class Plan:
 
     @property
     def predicted_divergence(self) -> float:
-        kappa = self.outcome.kappa if self.outcome else 1.0
-        return kappa * sum(layer.choice.harm or 0.0 for layer in self.layers)
+        return self._kappa() * sum(layer.choice.harm or 0.0 for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +70,7 @@ class Plan:
         given = {"divergence": divergence, "speedup": speedup, "nbytes": nbytes}
         if sum(value is not None for value in given.values()) == 0:
             raise BudgetError("plan.at() wants divergence=, speedup= or nbytes=")
-        kappa = self.outcome.kappa if self.outcome else 1.0
+        kappa = self._kappa()
         if speedup is not None:
             if not speedup > 0:
                 raise BudgetError(f"speedup must be positive, not {speedup!r}")
@@ -79,7 +79,12 @@ class Plan:
             budget = Budget(divergence=divergence, nbytes=nbytes)
         choice = choose(self.layers, budget, kappa)
         layers = tuple(_rechosen(layer, name) for layer, name in zip(self.layers, choice.candidates, strict=True))
-        return replace(self, layers=layers, budget=budget, gap=choice.gap, price_us=choice.price_us, outcome=None)
+        return replace(
+            self, layers=layers, budget=budget, gap=choice.gap, price_us=choice.price_us, outcome=None, kappa=kappa
+        )
+
+    def _kappa(self) -> float:
+        return self.outcome.kappa if self.outcome else self.kappa
 
     def to_dict(self) -> dict[str, Any]:
         """Builtins only: dicts, lists, strings, numbers, None."""
@@ -92,6 +97,7 @@ class Plan:
         if isinstance(data, dict) and isinstance(data.get("schema"), int) and data["schema"] > SCHEMA:
             raise CacheError(f"this plan was written by a newer autoplan (schema {data['schema']} > {SCHEMA}): upgrade")
         plan: Plan = from_plain(cls, data, "plan")
+        _check_fingerprints(plan.fingerprints)
         for layer in plan.layers:
             if layer.chosen not in [option.candidate for option in layer.options]:
                 raise CacheError(f"plan.layers {layer.name!r}: chose {layer.chosen!r}, which is not among its options")
@@ -105,6 +111,20 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read what `save` wrote. Raises CacheError when the file is missing, damaged, hostile or of a newer schema."""
         return cls.from_dict(codec.read(path))
+
+
+def _check_fingerprints(fingerprints: dict[str, Any]) -> None:
+    """What `apply_plan` will read must be there in the form that it is read in, or not at all."""
+    path = "plan.fingerprints"
+    for key in ("environment", "model"):
+        if not isinstance(fingerprints.get(key, {}), dict):
+            raise CacheError(f"{path}.{key} must be a mapping")
+    layers = fingerprints.get("model", {}).get("layers", {})
+    if not isinstance(layers, dict):
+        raise CacheError(f"{path}.model.layers must be a mapping")
+    for name, item in layers.items():
+        if not isinstance(item, dict):
+            raise CacheError(f"{path}.model.layers.{name} must be a mapping")
 
 
 def _rechosen(layer: LayerPlan, name: str) -> LayerPlan:

@@ -348,7 +348,7 @@ class _Planning:
             if budget.divergence is None:
                 return chosen, choice, kappa, 1
             if total_harm(chosen):
-                kappa = max(measured.high / total_harm(chosen), 1e-9)
+                kappa = min(max(measured.high / total_harm(chosen), 1e-9), 1e9)  # finite, also where the output is not
             if measured.high <= budget.divergence and (best is None or total_us(chosen) < total_us(best[0])):
                 best = (chosen, choice, kappa)
         if best is not None:
@@ -439,6 +439,8 @@ class _Planning:
     def _veto(self, chosen: Sequence[LayerPlan], outcome: Outcome) -> str | None:
         """Why the float model has to stay, or None."""
         speedup = outcome.speedup
+        if not math.isfinite(outcome.divergence.value):
+            return "the planned model's output is not finite on the final split, so the float model is kept"
         if speedup is not None and speedup.low <= 1 and not self.pinned and not self.request.wants_bytes:
             return (
                 f"as a whole the planned model is not surely faster than the float model ({speedup.value:.2f}x, 95 % "

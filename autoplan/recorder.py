@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import logging
+import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +18,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autoplan.errors import RecordingError
+from autoplan.layers import PlannedLinear
 from autoplan.records import Call, LayerProfile, LeftAlone
 
 SAMPLE_ROWS = 1024  # real input rows kept per layer
 _MAX_INPUT_BYTES = 256 << 20  # of model inputs kept for scoring and validation
 _DEFAULT_WORKLOAD = "default"
+
+_logger = logging.getLogger("autoplan")
 _FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -31,6 +36,7 @@ class ModelInput:
     workload: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    autocast: str | None = None  # the dtype of the autocast region it was made in
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -54,7 +60,7 @@ class _Decision:
 
 def find_layers(model: nn.Module) -> tuple[list[_Decision], list[LeftAlone]]:
     """All Linears of `model`: those a plan may change, grouped by weight, and those left alone with the reason."""
-    plannable: dict[tuple[int, torch.Size], _Decision] = {}
+    plannable: dict[tuple[int, torch.Size, tuple[int, ...]], _Decision] = {}
     left_alone: list[LeftAlone] = []
     shared_with = _tensors_of_other_modules(model)
     fast_path = _fast_path_linears(model)
@@ -64,13 +70,16 @@ def find_layers(model: nn.Module) -> tuple[list[_Decision], list[LeftAlone]]:
         if not isinstance(module, nn.Linear):
             if type(module).__name__ == "Conv1D":
                 left_alone.append(LeftAlone(name, "it is a transformers Conv1D, not an nn.Linear"))
+            elif isinstance(module, PlannedLinear):
+                left_alone.append(LeftAlone(name, "it is planned already"))
             continue
         if id(module) not in seen:
             seen[id(module)] = _reason_to_leave(name, module, shared_with, fast_path)
         if reason := seen[id(module)]:
             left_alone.append(LeftAlone(name, reason))
             continue
-        decision = plannable.setdefault((module.weight.data_ptr(), module.weight.shape), _Decision([], module))
+        weight = module.weight
+        decision = plannable.setdefault((weight.data_ptr(), weight.shape, weight.stride()), _Decision([], module))
         decision.names.append(name)
     return list(plannable.values()), left_alone
 
@@ -127,6 +136,8 @@ class Recording:
     """What the shape-recording pass saw; made by `record`, read by `make_plan`."""
 
     def __init__(self, model: nn.Module, seed: int = 0) -> None:
+        self.model = model
+        self._device_type = next((parameter.device.type for parameter in model.parameters()), "cpu")
         decisions, self.left_alone = find_layers(model)
         self.decisions = {decision.names[0]: decision for decision in decisions}
         self.seed = seed
@@ -145,7 +156,7 @@ class Recording:
 
         Raises RecordingError when the weight is not a positive number, or differs from an earlier one of that name.
         """
-        if not weight > 0 or weight == float("inf"):
+        if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise RecordingError(f"workload {name!r}: weight must be a positive number, not {weight!r}")
         if self.weights.setdefault(name, float(weight)) != weight:
             raise RecordingError(f"workload {name!r} has weight {self.weights[name]} already, not {weight}")
@@ -189,23 +200,53 @@ class Recording:
         if torch.is_autocast_enabled(x.device.type) and dtype.is_floating_point:
             dtype = torch.get_autocast_dtype(x.device.type)
         x = x.detach().reshape(-1, x.shape[-1])
+        if not x.numel() or x.shape[1] != self.decisions[name].module.in_features:
+            return  # no rows (an expert that no token was sent to), or a call that is about to fail
         self._calls[name][self._workload, x.shape[0], dtype_name(dtype)] += 1
         self._samples[name].add(x)
 
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.weights.setdefault(self._workload, 1.0)
         self.forwards[self._workload] += 1
-        size = sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        size = _nbytes(tree_leaves((args, kwargs)))
+        if self._input_bytes + size <= _MAX_INPUT_BYTES:
+            memo: dict[int, Any] = {}  # of deepcopy: also names the tensors inside objects, such as a key-value cache
+            try:
+                args, kwargs = tree_map(lambda leaf: _copy_to_cpu(leaf, memo), (args, dict(kwargs)))
+            except Exception as error:  # the user's own call must go on, whatever it is called with
+                _logger.info("an input cannot be copied, so it is not kept for scoring: %s", error)
+                self.inputs_dropped += 1
+                return
+            size += _nbytes(memo.values())
         if self._input_bytes + size > _MAX_INPUT_BYTES:
             self.inputs_dropped += 1
             return
         self._input_bytes += size
-        args, kwargs = tree_map(_copy_to_cpu, (args, dict(kwargs)))
-        self.inputs.append(ModelInput(self._workload, args, kwargs))
+        autocast = None
+        if torch.is_autocast_enabled(self._device_type):
+            autocast = dtype_name(torch.get_autocast_dtype(self._device_type))
+        self.inputs.append(ModelInput(self._workload, args, dict(kwargs), autocast))
 
 
-def _copy_to_cpu(leaf: Any) -> Any:
-    return leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+def _copy_to_cpu(leaf: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.detach().cpu().clone()
+    _detach_inside(leaf, memo)
+    return copy.deepcopy(leaf, memo)
+
+
+def _detach_inside(item: Any, memo: dict[int, Any], depth: int = 6) -> None:
+    """Copies of the tensors inside an object, for deepcopy to use: it refuses those that have a gradient history."""
+    if isinstance(item, Tensor):
+        memo.setdefault(id(item), item.detach().cpu().clone())
+    elif depth:
+        inner = item.values() if isinstance(item, Mapping) else item if isinstance(item, list | tuple) else ()
+        for part in (*inner, *getattr(item, "__dict__", {}).values()):
+            _detach_inside(part, memo, depth - 1)
+
+
+def _nbytes(items: Iterable[Any]) -> int:
+    return sum(item.numel() * item.element_size() for item in items if isinstance(item, Tensor))
 
 
 class _Reservoir:
@@ -243,15 +284,21 @@ def record(model: nn.Module, *, seed: int = 0) -> Iterator[Recording]:
     Every call inside counts; group calls with `recording.workload(name, weight=...)`. `seed` decides which input rows
     are sampled. Raises RecordingError when the model is planned already.
     """
+    if not isinstance(model, nn.Module):
+        raise RecordingError(f"record takes an nn.Module, not a {type(model).__name__}")
     root = unwrap(model)
     refuse_planned(root)
     recording = Recording(root, seed)
-    handles = [root.register_forward_pre_hook(lambda _, args, kwargs: recording._keep(args, kwargs), with_kwargs=True)]
+    handles = [
+        root.register_forward_pre_hook(  # before the user's own hooks: they will see these inputs again in a replay
+            lambda _, args, kwargs: recording._keep(args, kwargs), prepend=True, with_kwargs=True
+        )
+    ]
     for name, decision in recording.decisions.items():
         for layer in {id(m): m for m in map(root.get_submodule, decision.names)}.values():
             handles.append(layer.register_forward_pre_hook(_logger(recording, name), with_kwargs=True))
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with eagerly():
             yield recording
     finally:
         for handle in handles:
@@ -261,10 +308,28 @@ def record(model: nn.Module, *, seed: int = 0) -> Iterator[Recording]:
 def _logger(recording: Recording, name: str) -> Any:
     def log(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")
-        if isinstance(x, Tensor) and x.dim():
+        if isinstance(x, Tensor) and x.dim() and x.layout == torch.strided and not x.is_nested:
             recording._log(name, x)
 
     return log
+
+
+_stance_lock = threading.Lock()
+_stances: list[torch.compiler.set_stance] = []
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Run compiled code eagerly inside. The stance is one for the process, so the first in sets it, the last out resets it."""
+    with _stance_lock:
+        _stances.append(_stances[0] if _stances else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _stance_lock:
+            stance = _stances.pop()
+            if not _stances:
+                stance.__exit__(None, None, None)
 
 
 def refuse_planned(model: nn.Module) -> None:

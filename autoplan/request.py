@@ -91,6 +91,10 @@ class Request:
             own = {profile.name, *profile.aliases}
             if own & excluded:
                 left_alone.append(LeftAlone(profile.name, "excluded by the caller"))
+            elif profile.device != "cpu":
+                left_alone.append(
+                    LeftAlone(profile.name, f"it is on {profile.device}; so far only CPU layers are planned")
+                )
             elif not own & included:
                 left_alone.append(LeftAlone(profile.name, "not among the layers that the caller included"))
             else:

@@ -14,6 +14,7 @@ from autoplan.solve import Solution, solve
 
 _Floats = NDArray[np.float64]
 
+_PINNED = "pinned to "  # how the reason starts for which options beside a pinned one are out
 PLAIN = "1:linear"  # the program of a layer that is left as it is
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -77,6 +78,9 @@ def choose(layers: Sequence[LayerPlan], budget: Budget, kappa: float) -> Choice:
     """
     groups = _decisions(layers)
     menus = [_menu([layers[i] for i in group]) for group in groups]
+    for group, menu in zip(groups, menus, strict=True):
+        if not menu:
+            raise BudgetError(_nothing_open([layers[i] for i in group]))
     size = (len(groups), max(map(len, menus), default=1))
     us, harm, nbytes = np.full(size, np.inf), np.zeros(size), np.zeros(size)
     for i, (group, menu) in enumerate(zip(groups, menus, strict=True)):
@@ -134,6 +138,17 @@ def _menu(layers: Sequence[LayerPlan]) -> list[str]:
     return [candidate for candidate in menus[0] if all(candidate in menu for menu in menus)]
 
 
+def _nothing_open(layers: Sequence[LayerPlan]) -> str:
+    """Why no candidate can be chosen: a pin demands what a gate, or another pin of the group, forbids."""
+    pins = {option.rejected: layer for layer in layers for option in layer.options if _PINNED in option.rejected}
+    for rejected, layer in pins.items():
+        wanted = layer.option(rejected.removeprefix(_PINNED))
+        if wanted.rejected:
+            return f"layer {layer.name!r} is {rejected}, which it cannot use: {wanted.rejected}. Change pin="
+    menus = "; ".join(f"{layer.name}: {', '.join(o.candidate for o in _eligible(layer))}" for layer in layers)
+    return f"the layers of a group must get one candidate, and none is open to all of them ({menus}). Change pin="
+
+
 def _eligible(layer: LayerPlan) -> list[Option]:
     return [option for option in layer.options if not option.rejected]
 
@@ -187,7 +202,10 @@ def explained(layer: LayerPlan, budget: Budget, kappa: float, pinned: bool) -> L
 
 def frontier(layers: Sequence[LayerPlan], kappa: float) -> tuple[FrontierPoint, ...]:
     """The fastest plans over the range of divergences that the options span, each solved exactly."""
-    harms = [[kappa * (option.harm or 0.0) for option in _eligible(layer)] for layer in layers]
+    harms = [
+        [kappa * sum(layers[i].option(candidate).harm or 0.0 for i in group) for candidate in _menu(layers, group)]
+        for group in _decisions(layers)
+    ]
     least, most = sum(map(min, harms)), sum(map(max, harms))
     limits = [least, *np.geomspace(max(least, most / 1e4), most, _FRONTIER_POINTS).tolist()] if most else [0.0]
     points: list[FrontierPoint] = []

@@ -82,7 +82,7 @@ def _probe_once(kernel: Kernel) -> str | None:
     try:
         return kernel.probe()
     except Exception as error:
-        return f"its probe failed on this machine: {type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"its probe failed on this machine: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 @functools.cache

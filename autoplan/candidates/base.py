@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -109,19 +108,18 @@ def _own_kernel(candidate: Candidate) -> Kernel:
     def run(x: Tensor, packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         return candidate.linear(x, unpack(packed), bias).to(dtype)
 
-    kernel = Kernel(
-        name=f"{candidate.name}.linear",
-        device="cpu",
-        arity=len(candidate.tensors),
-        supports=lambda spec: None,
-        probe=lambda: None,
-        pack=lambda canonical: tuple(canonical[name] for name in candidate.tensors),
-        unpack=unpack,
-        run=run,
+    return register_kernel(
+        Kernel(
+            name=f"{candidate.name}.linear",
+            device="cpu",
+            arity=len(candidate.tensors),
+            supports=lambda spec: None,
+            probe=lambda: None,
+            pack=lambda canonical: tuple(canonical[name] for name in candidate.tensors),
+            unpack=unpack,
+            run=run,
+        )
     )
-    register_kernel(kernel)
-    register_kernel(replace(kernel, name=f"{kernel.name}.cuda", device="cuda"))
-    return kernel
 
 
 def select(names: Sequence[str | Candidate] | None) -> tuple[Candidate, ...]:
