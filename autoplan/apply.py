@@ -34,6 +34,8 @@ def apply_plan(model: Model, plan: Plan, *, weights: Literal["check", "skip"] = 
     """
     if weights not in ("check", "skip"):
         raise AutoplanError(f'weights must be "check" or "skip", not {weights!r}')
+    if not isinstance(plan, Plan):
+        raise AutoplanError(f"apply_plan wants a Plan, not a {type(plan).__name__}: see Plan.load and Plan.from_dict")
     root = unwrap(model)
     refuse_planned(root)
     _check_match(root, plan, weights == "check")

@@ -141,7 +141,7 @@ def references(model: nn.Module, inputs: Sequence[ModelInput], picker: OutputPic
         counted = output if mask is None else output[mask]
         if not bool(torch.isfinite(counted).all()):
             raise AutoplanError(
-                "the float model's own output is not finite on the recorded inputs, so nothing can be compared with it; "
+                "the float model's own output is not finite on the recorded inputs: nothing can be compared with it; "
                 "if it hides some positions on purpose, pass output=callable that returns the finite part"
             )
         found.append(Reference(model_input, output.clone(), mask, logits))  # some models write over their output

@@ -83,7 +83,7 @@ class PlannedLinear(nn.Module):
         return twin
 
     def adopt(self, linear: nn.Module) -> None:
-        """Take over the train flag, the user's hooks and the user's own attributes of the layer that this stands in for."""
+        """Take over the train flag, the user's hooks and own attributes of the layer that this one stands in for."""
         self.training = linear.training
         for attribute, value in vars(linear).items():
             if not attribute.startswith("_") and attribute not in vars(self):

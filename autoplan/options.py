@@ -83,6 +83,10 @@ def with_times(menu: Menu, found: Mapping[Key, Measurement], rules: Rules) -> La
             options.append(_timed(candidate, found, calls, rules.batch_invariant))
         elif candidate.name == "none":
             options.append(Option("none", PLAIN, us=0.0, us_low=0.0, us_high=0.0))
+        elif candidate.name == rules.pinned.get(profile.name):
+            options.append(
+                Option(candidate.name, f"1:{menu.kernels[candidate][0].name}", us=0.0, us_low=0.0, us_high=0.0)
+            )
         else:
             options.append(Option(candidate.name, rejected=_NOT_TIMED))
     options.sort(key=lambda option: (option.candidate != "none", option.candidate))

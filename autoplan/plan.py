@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from autoplan.cache import codec
 from autoplan.cache.typed import from_plain, to_plain
 from autoplan.errors import BudgetError, CacheError
 from autoplan.records import FrontierPoint, LayerPlan, LeftAlone, Outcome
-from autoplan.selection import Budget, choose, float_bytes
+from autoplan.selection import FLOAT_BYTES, Budget, choose, float_bytes
 
 SCHEMA = 1
+
+_PROGRAM = re.compile(r"[1-9]\d{0,8}:[\w.]+(,[1-9]\d{0,8}:[\w.]+)*")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,12 @@ class Plan:
         for layer in plan.layers:
             if layer.chosen not in [option.candidate for option in layer.options]:
                 raise CacheError(f"plan.layers {layer.name!r}: chose {layer.chosen!r}, which is not among its options")
+            if not _PROGRAM.fullmatch(layer.choice.program):
+                raise CacheError(f"plan.layers {layer.name!r}: {layer.choice.program!r} is no program of kernels")
+            if layer.dtype not in FLOAT_BYTES:
+                raise CacheError(
+                    f"plan.layers {layer.name!r}: dtype {layer.dtype!r} is none of {', '.join(FLOAT_BYTES)}"
+                )
         return plan
 
     def save(self, path: str | Path) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from autoplan import benchmark, options, sensitivity, validate
@@ -47,6 +49,7 @@ from autoplan.selection import (
 Model = TypeVar("Model", bound=nn.Module)
 
 _logger = logging.getLogger("autoplan")
+_planning_lock = threading.RLock()
 
 _STRATEGY = "sweep"
 _ROUNDS = 3
@@ -86,7 +89,7 @@ def autoplan(
         budget: a `Budget`, or "lossless", "high", "balanced".
         candidates: names or `Candidate` objects to choose among; by default all that the device supports.
         include, exclude: fnmatch globs on layer names; exclude wins.
-        pin: {glob: candidate}, forced on the layers that match, whatever its speed or harm.
+        pin: {glob: candidate}, forced on the layers that match, however slow (but never below 10 dB SQNR).
         groups: each item a glob, or several, whose layers must get one candidate.
         output: picks the output tensor that the divergence is measured on.
         evaluate: `callable(model) -> float`, higher is better, or `(callable, tolerance)`: the last judge of the plan.
@@ -108,12 +111,17 @@ def autoplan(
         raise AutoplanError(
             f"autoplan takes an nn.Module, not a {type(model).__name__}: of a pipeline, plan the modules"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise AutoplanError(
+            "autoplan cannot change a ScriptModule: plan the model before torch.jit, or use torch.compile"
+        )
     root = unwrap(model)
     if "_autoplan_plan" in vars(root):
         _logger.warning("this model is planned already and is returned as it is: see plan_of(model)")
         return model
+    _FirstCall.forget(model)
     if example_inputs is None:
-        _plan_on_first_call(model, request)
+        _FirstCall(model, request)
         return model
     calls = as_calls(example_inputs)
     with record(root, seed=seed) as recording, undisturbed(root):
@@ -150,12 +158,30 @@ def make_plan(
 
 
 def _make_plan(model: nn.Module, recording: Recording, request: Request) -> Plan:
-    refuse_planned(model)
+    root = unwrap(model)
+    refuse_planned(root)
+    if not isinstance(recording, Recording) or recording.model is not root:
+        raise RecordingError("make_plan wants the recording of this very model: `with record(model) as recording:`")
     if not recording.inputs:
-        raise RecordingError("nothing was recorded: run the model inside `with record(model) as recording:`")
-    compiled = unwrap(model) is not model if request.compiled is None else request.compiled
-    with _progress(request.progress) as progress:
-        return _Planning(unwrap(model), recording, request, "compiled" if compiled else "eager", progress).run()
+        reason = "its inputs are too large or cannot be copied" if recording.inputs_dropped else "nothing was run"
+        raise RecordingError(f"nothing was recorded ({reason}): run the model inside `with record(model):`")
+    compiled = root is not model if request.compiled is None else request.compiled
+    # One planning at a time: two that time at once would time each other.
+    with _planning_lock, _progress(request.progress) as progress:
+        return _Planning(_replica(root), recording, request, "compiled" if compiled else "eager", progress).run()
+
+
+def _replica(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares the parameters: trials in it are seen by nobody who runs the model.
+
+    Buffers are its own. A model that cannot be copied is tried out in place; what is swapped in is always taken out.
+    """
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    try:
+        return copy.deepcopy(model, dict(shared))
+    except Exception as error:
+        _logger.info("the model cannot be copied, so candidates are tried in the model itself: %s", error)
+        return model
 
 
 @dataclass
@@ -173,6 +199,10 @@ class _Planning:
     def run(self) -> Plan:
         self.began = time.monotonic()
         request, recording = self.request, self.recording
+        if dropped := recording.inputs_dropped:
+            self.notes.append(
+                f"{dropped} recorded inputs were too large or could not be copied, and were not judged on"
+            )
         with self._stage("fingerprints"):
             self.cache = resolve(request.cache)
             profiles, left_alone = request.layers(recording)
@@ -237,7 +267,7 @@ class _Planning:
 
     def _plan_cache(self) -> PlanCache | None:
         """The cache, if plans may be taken from it: the inputs have a digest, and no judge of the user's is asked."""
-        return self.cache if self.prints["data"]["digest"] and self.request.evaluate is None else None
+        return self.cache if self._can_find_scores() and self.request.evaluate is None else None
 
     def _known_plan(self) -> Plan | None:
         cache = self._plan_cache()
@@ -302,12 +332,12 @@ class _Planning:
             scores[pair] = score
             value = {"harm": _finite(score.harm), "sqnr_db": _finite(min(score.sqnr_db, options.SHOWN_DB))}
             fresh.update([entry(keys[pair], value)])
-        if self.cache is not None and self._has_data_digest():
+        if self.cache is not None and self._can_find_scores():
             self.cache.put_many("sensitivities", fresh)
         return scores
 
     def _known_score(self, pair: tuple[str, str], key: Mapping[str, Any]) -> Sensitivity | None:
-        if self.cache is None or not self._has_data_digest():
+        if self.cache is None or not self._can_find_scores():
             return None
         found = self.cache.get("sensitivities", fingerprint.digest(dict(key)))
         if found is None:
@@ -317,8 +347,8 @@ class _Planning:
         sound = isinstance(harm, float) and isinstance(sqnr, float) and harm >= 0
         return Sensitivity(*pair, harm, sqnr) if sound else None
 
-    def _has_data_digest(self) -> bool:
-        return bool(self.prints["data"]["digest"])
+    def _can_find_scores(self) -> bool:
+        return bool(self.prints["data"]["digest"]) and self.request.names_its_question
 
     def _nbytes(self, sizes: dict[Any, int], layer: LayerPlan, option: Option) -> int:
         """Bytes resident with this option, found once per size by building it."""
@@ -386,8 +416,6 @@ class _Planning:
         if all(is_plain(layer) for layer in chosen):
             self.notes.append("nothing was switched: no candidate is faster, accurate enough and inside the budget")
             return explain, outcome
-        if budget.divergence is not None and outcome.divergence.low > budget.divergence:
-            self.notes.append(f"on the final split the divergence is {outcome.divergence.value:.3g}, above the budget")
         variants = {"float": {}, "plan": self._stand_ins(chosen)}
         if [layer.chosen for layer in uniform] != [layer.chosen for layer in chosen]:
             variants["uniform"] = self._stand_ins(uniform)
@@ -407,7 +435,7 @@ class _Planning:
         outcome = replace(outcome, speedup=ratios["float"], versus_uniform=ratios.get("uniform"))
         if outcome.versus_uniform is not None and outcome.versus_uniform.high < 1:
             explain, outcome = self._consider_uniform(explain, uniform, budget, outcome, final)
-        if reason := self._veto(explain, outcome):
+        if reason := self._veto(explain, budget, outcome):
             self.notes.append(reason)
             unchanged = replace(outcome, speedup=None, versus_uniform=None, divergence=Estimate(0.0, 0.0, 0.0))
             return keep_float(chosen, "the float model is kept: see the notes"), unchanged
@@ -436,9 +464,14 @@ class _Planning:
         taken = [replace(layer, reason=reason) for layer in uniform]
         return taken, replace(outcome, speedup=speedup, versus_uniform=None, divergence=divergence)
 
-    def _veto(self, chosen: Sequence[LayerPlan], outcome: Outcome) -> str | None:
+    def _veto(self, chosen: Sequence[LayerPlan], budget: Budget, outcome: Outcome) -> str | None:
         """Why the float model has to stay, or None."""
-        speedup = outcome.speedup
+        speedup, limit = outcome.speedup, budget.divergence
+        if limit is not None and outcome.divergence.low > limit and not self.pinned:
+            return (
+                f"on the final split the divergence is {outcome.divergence.value:.3g}, surely above the budget of "
+                f"{limit:.3g}, so the float model is kept"
+            )
         if not math.isfinite(outcome.divergence.value):
             return "the planned model's output is not finite on the final split, so the float model is kept"
         if speedup is not None and speedup.low <= 1 and not self.pinned and not self.request.wants_bytes:
@@ -450,15 +483,24 @@ class _Planning:
             return None
         evaluate, tolerance = self.request.judge
         with undisturbed(self.model, eager=False):
-            before = float(evaluate(self.model))
+            before = self._score(evaluate)
             with swapped(self.model, self._stand_ins(chosen)):
-                after = float(evaluate(self.model))
+                after = self._score(evaluate)
         allowed = _EVALUATE_TOLERANCE * abs(before) if tolerance is None else tolerance
+        if math.isnan(before) or math.isnan(after):
+            return f"evaluate() gave {before:g} for the float model and {after:g} for the planned one: float is kept"
         if after >= before - allowed:
             return None
         return (
             f"evaluate() fell from {before:.6g} to {after:.6g}, by more than {allowed:.3g}, so the float model is kept"
         )
+
+    def _score(self, evaluate: Callable[[nn.Module], float]) -> float:
+        score = evaluate(self.model)
+        try:
+            return float(score)
+        except (TypeError, ValueError):
+            raise AutoplanError(f"evaluate() must return a number, and returned {type(score).__name__}") from None
 
 
 def _finite(value: float) -> float | None:
@@ -487,41 +529,55 @@ def _progress(progress: Progress | bool | None) -> Iterator[Progress]:
         yield show
 
 
-def _plan_on_first_call(model: nn.Module, request: Request) -> None:
-    """Let the first call of `model` record itself, eagerly and in float; the plan follows as it returns.
+class _FirstCall:
+    """Lets the first call of a model record itself, eagerly and in float; the plan follows as it returns.
 
-    Later and concurrent calls meanwhile run the float model. If planning fails the float model stays, with a warning.
+    Calls that other threads make meanwhile run the float model, and are not recorded.
+    If planning fails, the float model stays, with a warning. A copy of the model waits for its own first call.
     """
-    root = unwrap(model)
-    lock = threading.Lock()
-    state: dict[str, Any] = {}
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if lock.acquire(blocking=False):
-            state["thread"] = threading.get_ident()
-            state["record"] = record(root, seed=request.seed)
-            state["recording"] = state["record"].__enter__()
-            if module is not root:
-                return
-            # the root's own pre-hook of the recording was added too late for the call that is under way
-            state["recording"]._keep(args, kwargs)
+    def __init__(self, model: nn.Module, request: Request) -> None:
+        self.model, self.request = model, request
+        self._lock = threading.Lock()
+        model.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True)
+        model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
-    def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        if state.get("thread") != threading.get_ident():
+    @staticmethod
+    def forget(model: nn.Module) -> None:
+        """Take away the hooks of a model that waits for its first call."""
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), _FirstCall):
+                    del hooks[key]
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._lock.acquire(blocking=False):
             return
-        state.pop("thread")
-        state["record"].__exit__(None, None, None)
-        for handle in handles:
-            handle.remove()
+        self.thread = threading.get_ident()
+        root = unwrap(self.model)
+        self.context = record(root, seed=self.request.seed)
+        self.recording = self.context.__enter__()
+        self.recording.only_thread = self.thread
+        if module is root:  # the recording's own hook on it came too late for the call that is under way
+            self.recording._keep(args, kwargs)
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        if getattr(self, "thread", None) != threading.get_ident():
+            return
+        del self.thread
+        self.context.__exit__(None, None, None)
         if result is None:  # the call raised: the next one records anew
-            _plan_on_first_call(model, request)
+            self._lock.release()
             return
+        self.forget(self.model)
         try:
-            apply_plan(model, _make_plan(model, state["recording"], request), weights="skip")
+            apply_plan(self.model, _make_plan(self.model, self.recording, self.request), weights="skip")
         except Exception as error:
             _logger.warning("planning failed, the float model stays: %s: %s", type(error).__name__, error)
 
-    handles = [
-        model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-        model.register_forward_hook(after, with_kwargs=True, always_call=True),
-    ]
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "request": self.request}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()

@@ -145,6 +145,7 @@ class Recording:
         self.forwards: Counter[str] = Counter()  # workload -> calls of the model
         self.inputs: list[ModelInput] = []
         self.inputs_dropped = 0
+        self.only_thread: int | None = None  # where other threads run the model too, the one whose calls count
         self._calls: dict[str, Counter[tuple[str, int, str]]] = {name: Counter() for name in self.decisions}
         self._samples = {name: _Reservoir(SAMPLE_ROWS, seed ^ zlib.crc32(name.encode())) for name in self.decisions}
         self._input_bytes = 0
@@ -296,7 +297,7 @@ def record(model: nn.Module, *, seed: int = 0) -> Iterator[Recording]:
     ]
     for name, decision in recording.decisions.items():
         for layer in {id(m): m for m in map(root.get_submodule, decision.names)}.values():
-            handles.append(layer.register_forward_pre_hook(_logger(recording, name), with_kwargs=True))
+            handles.append(layer.register_forward_pre_hook(_row_logger(recording, name), with_kwargs=True))
     try:
         with eagerly():
             yield recording
@@ -305,8 +306,10 @@ def record(model: nn.Module, *, seed: int = 0) -> Iterator[Recording]:
             handle.remove()
 
 
-def _logger(recording: Recording, name: str) -> Any:
+def _row_logger(recording: Recording, name: str) -> Any:
     def log(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if recording.only_thread not in (None, threading.get_ident()):
+            return  # somebody else's call
         x = args[0] if args else kwargs.get("input")
         if isinstance(x, Tensor) and x.dim() and x.layout == torch.strided and not x.is_nested:
             recording._log(name, x)
@@ -315,12 +318,12 @@ def _logger(recording: Recording, name: str) -> Any:
 
 
 _stance_lock = threading.Lock()
-_stances: list[torch.compiler.set_stance] = []
+_stances: list[Any] = []
 
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Run compiled code eagerly inside. The stance is one for the process, so the first in sets it, the last out resets it."""
+    """Run compiled code eagerly inside. The process has one stance: the first in sets it, the last out resets it."""
     with _stance_lock:
         _stances.append(_stances[0] if _stances else torch.compiler.set_stance("force_eager"))
     try:

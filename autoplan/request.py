@@ -58,8 +58,18 @@ class Request:
             raise AutoplanError("evaluate= must be callable(model) -> float, or (callable, tolerance)")
         if self.output is not None and not callable(self.output):
             raise AutoplanError("output= must be a callable that picks a tensor from what the model returns")
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise AutoplanError(f"max_seconds must be positive, not {self.max_seconds!r}")
+        if self.max_seconds is not None and not (_is_number(self.max_seconds) and self.max_seconds > 0):
+            raise AutoplanError(f"max_seconds must be a positive number, not {self.max_seconds!r}")
+        if judge is not None and judge[1] is not None and not (_is_number(judge[1]) and judge[1] >= 0):
+            raise AutoplanError(f"the tolerance of evaluate= must be a number >= 0, not {judge[1]!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise AutoplanError(f"seed must be an integer >= 0, not {self.seed!r}")
+        if self.compiled is not None and not isinstance(self.compiled, bool):
+            raise AutoplanError(f"compiled must be True, False or None, not {self.compiled!r}")
+        if not (self.progress is None or isinstance(self.progress, bool) or callable(self.progress)):
+            raise AutoplanError(
+                f"progress must be None, True, False or callable(stage, done, total), not {self.progress!r}"
+            )
         for name in (self.pin or {}).values():
             if name not in {candidate.name for candidate in self.chosen_candidates()}:
                 known = ", ".join(candidate.name for candidate in self.chosen_candidates())
@@ -75,6 +85,11 @@ class Request:
     @property
     def wants_bytes(self) -> bool:
         return isinstance(self.budget, Budget) and self.budget.nbytes is not None
+
+    @property
+    def names_its_question(self) -> bool:
+        """Whether scores can be found again by the request: what an `output` callable picks, no digest can tell."""
+        return self.output is None
 
     def chosen_candidates(self) -> tuple[Candidate, ...]:
         return select(self.candidates)
@@ -143,9 +158,10 @@ class Request:
             if name in by_tensor  # a tied weight is listed under the first of its names only
         }
         calls = [[p.name, [[c.workload, c.rows, c.dtype, c.count] for c in p.calls]] for p in profiles]
+        structure = [repr(model), [[name, _type_name(module)] for name, module in model.named_modules()]]
         return {
             "environment": fingerprint.environment(device, fingerprint.source_digest(kernels)),
-            "model": {"digest": model_print["digest"], "layers": layers},
+            "model": {"digest": model_print["digest"], "structure": fingerprint.digest(structure), "layers": layers},
             "data": {
                 "digest": _data_digest(recording),
                 "calls": fingerprint.digest(calls),
@@ -163,7 +179,7 @@ class Request:
             "exclude": _listed(self.exclude),
             "pin": dict(self.pin or {}),
             "groups": None if self.groups is None else [_listed(patterns) for patterns in self.groups],
-            "output": None if self.output is None else getattr(self.output, "__qualname__", repr(self.output)),
+            "output": None if self.output is None else _type_name(self.output),
             "mode": mode,
             "batch_invariant": self.batch_invariant,
             "seed": self.seed,
@@ -175,6 +191,15 @@ def device_of(profile: LayerProfile) -> Device:
     if profile.device == "cuda":
         return Device("cuda", torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     return Device(profile.device, profile.device)
+
+
+def _type_name(item: object) -> str:
+    kind = item if hasattr(item, "__qualname__") else type(item)
+    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _listed(patterns: Patterns | None) -> list[str] | None:

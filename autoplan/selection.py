@@ -17,7 +17,7 @@ _Floats = NDArray[np.float64]
 _PINNED = "pinned to "  # how the reason starts for which options beside a pinned one are out
 PLAIN = "1:linear"  # the program of a layer that is left as it is
 
-_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FRONTIER_POINTS = 24
 
 PRESETS = {"lossless": (0.002, 5e-4), "high": (0.01, 1e-2), "balanced": (0.03, 3e-2)}  # KL in nats, relative error
@@ -175,7 +175,7 @@ def is_plain(layer: LayerPlan) -> bool:
 
 def float_bytes(layer: LayerPlan) -> int:
     """Bytes of the layer's float weight."""
-    return layer.in_features * layer.out_features * _WIDTHS[layer.dtype]
+    return layer.in_features * layer.out_features * FLOAT_BYTES[layer.dtype]
 
 
 def kernel_names(program: str) -> str:
@@ -203,7 +203,10 @@ def explained(layer: LayerPlan, budget: Budget, kappa: float, pinned: bool) -> L
 def frontier(layers: Sequence[LayerPlan], kappa: float) -> tuple[FrontierPoint, ...]:
     """The fastest plans over the range of divergences that the options span, each solved exactly."""
     harms = [
-        [kappa * sum(layers[i].option(candidate).harm or 0.0 for i in group) for candidate in _menu(layers, group)]
+        [
+            kappa * sum(layers[i].option(candidate).harm or 0.0 for i in group)
+            for candidate in _menu([layers[i] for i in group])
+        ]
         for group in _decisions(layers)
     ]
     least, most = sum(map(min, harms)), sum(map(max, harms))

@@ -274,7 +274,7 @@ def _to_data(records: _Records) -> dict[str, Plain]:
 def _from_data(data: Plain) -> _Records:
     """The records in the data of a file. Each is judged only when it is asked for: a bad one spoils no other."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CacheError(f"this is no {FORMAT}")
+        raise _ForeignError(f"it holds something else than an {FORMAT} (a plan, perhaps?); give another path")
     schema = data.get("schema")
     if type(schema) is not int or schema < 1:
         raise CacheError(f"schema {schema!r} is not a version")

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": set(),
     "solve": set(),
     "timing": set(),
-    "recorder": set(),
+    "recorder": {"layers"},
     "report": set(),
     # what a layer can become
     "candidates": {"kernels"},

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import threading
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -502,7 +504,12 @@ def test_groups_get_one_candidate(timer: Any) -> None:
         ({"evaluate": 3}, AutoplanError, "evaluate= must be callable"),
         ({"output": "logits"}, AutoplanError, "output= must be a callable"),
         ({"output": lambda result: None}, AutoplanError, "output= must return a floating tensor"),
-        ({"max_seconds": 0}, AutoplanError, "max_seconds must be positive"),
+        ({"max_seconds": 0}, AutoplanError, "max_seconds must be a positive number"),
+        ({"max_seconds": "3"}, AutoplanError, "max_seconds must be a positive number"),
+        ({"seed": -1}, AutoplanError, "seed must be an integer"),
+        ({"compiled": "yes"}, AutoplanError, "compiled must be"),
+        ({"progress": 3}, AutoplanError, "progress must be"),
+        ({"evaluate": (len, "a")}, AutoplanError, "tolerance of evaluate="),
         ({"cache": 17}, AutoplanError, "cache=17"),
     ],
 )
@@ -626,3 +633,210 @@ def test_batch_invariant_keeps_one_kernel_per_layer(timer: Any) -> None:
     timer.ratios = {"int8_weight_only/int8pack": 0.4, "int8_weight_only/dequantize_int8": 0.5}
     model = autoplan(mlp(), [inputs(1), inputs(48), inputs(24)], budget=LOOSE, batch_invariant=True, cache=False)
     assert all("," not in layer.choice.program for layer in plan_of(model).layers)
+
+
+# What an outside review found.
+
+
+class Scores(nn.Module):
+    """One score per sample, called logits, as rerankers return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(64, 64), nn.Linear(64, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.body(x).relu())}
+
+
+def test_logits_of_one_class_are_judged_by_their_error(timer: Any) -> None:
+    timer.ratios = {"int4_g32": 0.2}
+    model = autoplan(Scores(), inputs(), budget="lossless", candidates=["int4_g32"], cache=False)
+    outcome = plan_of(model).outcome
+    assert outcome is not None
+    assert not outcome.logits
+    assert "int4_g32" not in chosen(model).values()
+
+
+def test_replays_run_in_the_autocast_region_they_were_recorded_in(timer: Any) -> None:
+    seen: list[bool] = []
+
+    class Seeing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return self.a(x)
+
+    model = Seeing()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), record(model) as recording:
+        model(inputs())
+    make_plan(model, recording, budget=LOOSE, cache=False)
+    assert len(seen) > 5
+    assert all(seen)
+
+
+def test_nobody_else_is_served_a_trial(timer: Any) -> None:
+    timer.ratios = {"int4_g32": 0.2}
+    model, x = mlp().eval(), inputs()
+    expected, served, running = model(x), [], threading.Event()
+
+    def serve() -> None:
+        running.set()
+        while running.is_set():
+            served.append(bool(torch.equal(model(x), expected)) and not model.training)
+
+    thread = threading.Thread(target=serve)
+    autoplan(model, candidates=["int4_g32"], budget=Budget(divergence=1e-9), cache=False)
+    model.register_forward_hook(lambda *_: None)
+    thread.start()
+    running.wait()
+    model(x)
+    running.clear()
+    thread.join()
+    assert all(served)
+
+
+def test_overlapping_recordings_leave_the_compile_stance_as_it_was() -> None:
+    first, second = record(mlp()), record(mlp())
+    before = torch._dynamo.eval_frame._stance
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert torch._dynamo.eval_frame._stance == before
+
+
+def test_what_an_output_callable_picks_is_never_taken_from_the_cache(timer: Any) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x), self.b(x)
+
+    model, cache = Two(), PlanCache()
+    with record(model) as recording:
+        model(inputs())
+    first = make_plan(model, recording, output=lambda pair: pair[0], budget=LOOSE, cache=cache)
+    second = make_plan(model, recording, output=lambda pair: pair[1], budget=LOOSE, cache=cache)
+    assert option(first, "b", "int8_dynamic").harm == 0 < option(first, "a", "int8_dynamic").harm
+    assert option(second, "a", "int8_dynamic").harm == 0 < option(second, "b", "int8_dynamic").harm
+
+
+def test_equal_weights_in_another_structure_are_another_model(timer: Any) -> None:
+    cache, x = PlanCache(), inputs()
+    autoplan(mlp(), x, budget=LOOSE, cache=cache)
+    plans = len(cache.keys("plans"))
+    other = mlp()
+    other[1] = nn.Hardshrink(2.0)
+    autoplan(other, x, budget=LOOSE, cache=cache)
+    assert len(cache.keys("plans")) == plans + 1
+
+
+def test_a_transposed_tie_is_not_one_weight(timer: Any) -> None:
+    timer.ratios = {"none/onednn": 0.5}
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model[2].weight = nn.Parameter(model[0].weight.detach().t())
+    expected = model(inputs())
+    autoplan(model, inputs(), cache=False)
+    torch.testing.assert_close(model(inputs()), expected)
+
+
+class Caching(nn.Module):
+    """Takes and returns an object that holds tensors, as language models do with their key-value cache."""
+
+    class State:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, state: Any = None, lock: Any = None) -> tuple[Tensor, Any]:
+        y = self.a(x if state is None else x + state.tensor)
+        return y, self.State(y)
+
+
+def test_recording_never_breaks_the_users_call(timer: Any) -> None:
+    model, x = Caching(), inputs()
+    with record(model) as recording:
+        _, state = model(x)
+        model(x, state=state)  # holds a tensor with a gradient history, which deepcopy refuses
+        model(x, lock=threading.Lock())  # cannot be copied at all
+    assert len(recording.inputs) == 2
+    assert recording.inputs_dropped == 1
+    plan = make_plan(model, recording, budget=LOOSE, cache=False)
+    assert plan.outcome is not None
+    assert any("1 recorded inputs" in note for note in plan.outcome.notes)
+
+
+def test_hooks_never_see_the_rows_that_layers_are_judged_on(timer: Any) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    shapes = set()
+    model[0].register_forward_hook(lambda module, args, y: shapes.add(y[:, -1, :].shape))
+    autoplan(model, torch.randn(12, 5, 64), budget=LOOSE, cache=False)
+    assert {shape[1] for shape in shapes} == {64}
+    assert set(chosen(model).values()) == {"int8_dynamic"}
+
+
+def test_groups_and_pins_together(timer: Any) -> None:
+    model = autoplan(mlp(), inputs(), groups=["*"], pin={"0": "int8_dynamic"}, budget=LOOSE, cache=False)
+    assert set(chosen(model).values()) == {"int8_dynamic"}
+
+
+def test_a_layers_own_attributes_come_along(timer: Any) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+            self.fc.alpha = 2.0  # type: ignore[assignment]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) * self.fc.alpha
+
+    model = autoplan(Scaled(), inputs(), budget=LOOSE, cache=False)
+    assert model.fc.alpha == 2.0
+    assert isinstance(model.fc, PlannedLinear)
+
+
+def test_a_model_that_waits_for_its_first_call_can_be_asked_again_copied_and_pickled(timer: Any) -> None:
+    x = inputs()
+    twice = autoplan(autoplan(mlp(), cache=False), budget=LOOSE, cache=False)
+    twice(x)
+    assert set(chosen(twice).values()) == {"int8_dynamic"}
+    now = autoplan(autoplan(mlp(), cache=False), x, budget=LOOSE, cache=False)
+    assert set(chosen(now).values()) == {"int8_dynamic"}
+    waiting = autoplan(mlp(), budget=LOOSE, cache=False)
+    for twin in (copy.deepcopy(waiting), pickle.loads(pickle.dumps(waiting)), waiting):
+        twin(x)
+        assert set(chosen(twin).values()) == {"int8_dynamic"}
+
+
+def test_the_recording_of_another_model_is_refused(timer: Any) -> None:
+    with record(mlp()) as recording:
+        pass
+    with pytest.raises(RecordingError, match="the recording of this very model"):
+        make_plan(mlp(), recording)
+
+
+def test_a_file_that_is_no_cache_is_left_alone(timer: Any, tmp_path: Path) -> None:
+    model = autoplan(mlp(), inputs(), budget=LOOSE, cache=False)
+    plan_of(model).save(tmp_path / "mine.plan.json")
+    autoplan(mlp(), inputs(), budget=LOOSE, cache=tmp_path / "mine.plan.json")
+    assert Plan.load(tmp_path / "mine.plan.json") == plan_of(model)
+    assert [file.name for file in tmp_path.glob("mine*") if not file.name.endswith(".lock")] == ["mine.plan.json"]
+
+
+def test_an_encoders_mask_does_not_hide_a_decoders_tokens(timer: Any) -> None:
+    from autoplan.divergence import _attention_mask
+    from autoplan.recorder import ModelInput
+
+    mask, output = torch.tensor([[1, 0], [1, 0]]), torch.randn(2, 2, 7)
+    assert _attention_mask(mlp(), ModelInput("default", (), {"attention_mask": mask}), output) is not None
+    decoding = ModelInput("default", (), {"attention_mask": mask, "decoder_input_ids": mask})
+    assert _attention_mask(mlp(), decoding, output) is None

@@ -180,8 +180,6 @@ BROKEN: dict[str, bytes] = {
     "empty": b"",
     "text": b"hello",
     "half": GOLDEN.encode()[:200],
-    "a list": b"[]",
-    "another format": b'{"format": "plan", "schema": 1, "records": {}}',
     "no schema": b'{"format": "autoplan cache", "records": {}}',
     "schema 0": GOLDEN.replace('"schema": 1', '"schema": 0').encode(),
     "schema true": GOLDEN.replace('"schema": 1', '"schema": true').encode(),
@@ -441,3 +439,17 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(CacheError, match=r"\.json"):
             resolve(wrong)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"[1, 2]", b'{"format": "autoplan plan", "schema": 1}'])
+def test_a_file_that_holds_something_else_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        cache = PlanCache(path)
+        cache.put("timings", *_timing(1))
+    assert len(cache) == 1  # in memory
+    assert path.read_bytes() == content
+    assert "holds something else than an autoplan cache" in caplog.text
