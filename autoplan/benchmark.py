@@ -243,41 +243,44 @@ def _plain_maker(weight: Tensor, bias: Tensor | None, x: Tensor, mode: str) -> M
 
 def _maker(shape: Shape, contender: Contender, canonical: packing.Canonical, x: Tensor, bias: Tensor | None) -> Maker:
     """Makes what the planned model will run: a planned layer, or in compiled mode what the graph will call."""
-    kernel, program = contender.kernel, f"1:{contender.kernel.name}"
+    kernel, size = contender.kernel, (shape.out_features, shape.in_features)
     parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    compiled = _compiled(kernel, x, kernel.pack(canonical), bias) if shape.mode == "compiled" else None
+    in_graph = None
+    if shape.mode == "compiled":
+        in_graph = _in_graph(kernel, shape.out_features, x, kernel.pack(canonical), bias)
 
     def make() -> Call:
         copy = {key: tensor.clone() for key, tensor in canonical.items()}
-        if compiled is not None:
-            return functools.partial(compiled, x, *kernel.pack(copy))
-        if shape.mode == "compiled":
-            packed = kernel.pack(copy)
-            return functools.partial(torch.ops.autoplan.linear, x, packed, bias, program, shape.out_features, x.dtype)
-        size = (shape.out_features, shape.in_features)
+        if in_graph is not None:
+            return functools.partial(in_graph, x, *kernel.pack(copy))
+        program = f"1:{kernel.name}"
         layer = PlannedLinear("timed", contender.candidate.name, program, copy, parameter, size=size, dtype=x.dtype)
         return functools.partial(layer, x)
 
     return make
 
 
-def _compiled(kernel: Kernel, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None) -> Callable[..., object] | None:
-    """The kernel's inline form through Inductor, or None when there is nothing in it that Inductor could fuse.
+def _in_graph(
+    kernel: Kernel, out_features: int, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None
+) -> Callable[..., object]:
+    """What a compiled graph calls for this kernel, as a function of x and the packed tensors.
 
-    Goes round Dynamo, so that nothing counts against anyone's recompile limit.
+    An inline kernel goes through Inductor where it has something to fuse. That goes round Dynamo, so that nothing
+    counts against anyone's recompile limit.
     """
-    if kernel.inline is None:
-        return None
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    inline, dtype = kernel.inline, x.dtype
+    dtype, inline = x.dtype, kernel.inline
+    if inline is None:
+        program = f"1:{kernel.name}"
+        return lambda x, *packed: torch.ops.autoplan.linear(x, packed, bias, program, out_features, dtype)
 
     def traced(x: Tensor, *packed: Tensor) -> Tensor:
         return inline(x, packed, bias, dtype)
 
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     graph = make_fx(traced, tracing_mode="real")(x, *packed)
     if sum(node.op == "call_function" for node in graph.graph.nodes) <= 1:
-        return None
+        return traced
     from torch._inductor import compile as inductor_compile
 
     compiled: Callable[..., object] = inductor_compile(graph, [x, *packed])
