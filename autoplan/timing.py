@@ -11,6 +11,7 @@ were seen to cover as little as 91 % when they say 95 %. No round is thrown away
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 import time
@@ -32,6 +33,7 @@ _ALPHA = 0.05  # reported intervals: 95 %, jointly for all arms of a race (Bonfe
 _LOOK_ALPHA = 0.01
 _LOOK_EVERY = 4  # rounds
 _HOPELESS = 3.0  # times the baseline's time: not worth the rounds that a verdict would take
+_CLEARLY_SLOWER = 1.2  # the same, where rounds are dear; calls that long are disturbed little
 _WARM_UP_US = 50_000.0  # per arm, for the copies after the first
 _MAX_CALLS = 1000  # per batch
 _MAX_BATCHES = 4  # per sample, while they fit in:
@@ -86,19 +88,24 @@ def race(
 
     An arm stops once it is surely slower than another kernel of its group, or surely not `margin` faster than the
     baseline. The race ends when every group left has surely won, or is known so closely that more rounds cannot matter.
-    `max_seconds` (by `clock`, warm-up included) may end it sooner, but not before one round. A batch has the same
-    number of calls for all arms, so many that the baseline's lasts about `min_batch_us`. `clock` counts nanoseconds;
+    `max_seconds` (by `clock`, warm-up included) may end it sooner, but not before one round; where rounds are so dear
+    that no verdict fits in, arms that were clearly slower twice are dropped, and up to twice the time is allowed. A
+    batch has the same number of calls for all arms, so many that the baseline's lasts about `min_batch_us`.
+    `clock` counts nanoseconds;
     for a GPU pass one that synchronizes before it reads the time.
 
     Raises: ValueError for arms that cannot be raced; KernelError when the baseline itself fails.
     """
     _check_limits(margin, min_rounds, max_rounds, max_seconds)
     bench = _Bench(arms, baseline, min_batch_us, seed, clock)
+    verdict = max(min_rounds, bench.rounds_for_interval())
     while True:
         bench.run_round()
         if bench.rounds == 2:
-            _drop_hopeless(bench)
-        limit = bench.limit(max_rounds, max_seconds)
+            dear = max_seconds is not None and bench.seconds_of(verdict) > max_seconds
+            _drop_hopeless(bench, _CLEARLY_SLOWER if dear else _HOPELESS)
+        patience = max_seconds and max_seconds * (1 if bench.rounds >= verdict else 2)
+        limit = bench.limit(max_rounds, patience)
         if limit or (bench.rounds >= min_rounds and (bench.rounds - min_rounds) % _LOOK_EVERY == 0):
             _drop_beaten(bench, margin)
             undecided = [n for kernels in bench.groups() if not _settled(bench, kernels, margin) for n in kernels]
@@ -226,6 +233,14 @@ class _Bench:
         self.rounds += 1
         self._round_ns = self._clock() - began
 
+    def rounds_for_interval(self) -> int:
+        """The fewest rounds that give an interval at all."""
+        return next(n for n in itertools.count(1) if _outer_rank(n, _ALPHA / self._comparisons))
+
+    def seconds_of(self, rounds: int) -> float:
+        """What so many rounds will have taken, at the pace of the last one."""
+        return (self._clock() - self._start_ns + (rounds - self.rounds) * self._round_ns) / 1e9
+
     def limit(self, max_rounds: int, max_seconds: float | None) -> str:
         """The limit that forbids another round, in words; "" if none does."""
         if not self.running:
@@ -298,11 +313,11 @@ class _Bench:
             return None
 
 
-def _drop_hopeless(bench: _Bench) -> None:
+def _drop_hopeless(bench: _Bench, times: float) -> None:
     for name in list(bench.running):
         # The smallest ratio: one of the rounds may have been interrupted.
         ratio = math.exp(bench.log_ratios(name, bench.baseline.name).min())
-        if ratio > _HOPELESS:
+        if ratio > times:
             bench.drop(name, f"at least {ratio:.1f} times as slow as {bench.baseline.group}")
 
 
