@@ -31,7 +31,7 @@ BASELINE = ("none", "linear")
 MARGIN = 0.02
 _BUCKETS: list[int] = sorted({*range(1, 17), *(2**k for k in range(5, 24)), *(3 * 2 ** (k - 1) for k in range(4, 24))})
 _MAX_COPIES = 64
-_RACE_SECONDS = 20.0
+_RACE_SECONDS = 30.0
 
 Key = tuple[Shape, str, str]  # shape, candidate, kernel
 Progress = Callable[[str, int, int], None]  # stage, done, total

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(measure(profile, environment, arguments))
                 print(tabulate([rows[-1]], tablefmt="plain"), file=sys.stderr)
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
-    device = "".join(c if c.isalnum() else "-" for c in str(environment["device"])).strip("-").lower()
+    device = re.sub(r"[^a-z0-9]+", "-", str(environment["device"]).lower()).strip("-")
     out = arguments.out or RESULTS / device / "linear.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
