@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from autoplan.cache.store import PlanCache
 
 JUDGED = 512  # sentences that speed and fidelity are measured on; none of them is planned with
-PLANNING_BATCHES = 6  # for scoring, for validating plans and for the report's figures: disjoint parts
+PLANNING_BATCHES = 3  # one for scoring, one for validating plans, one for the figures of the report
 TOKENS = 64
 NEIGHBOURS = 10
 _MIN_ROUNDS, _MAX_ROUNDS = 10, 24  # of comparing whole models: with ten, every median has an interval

@@ -459,7 +459,7 @@ class _Planning:
             self.notes.append(f"uniform {outcome.uniform} was faster as a whole, but its divergence breaks the budget")
             return chosen, outcome
         self.notes.append(f"uniform {outcome.uniform} was {1 / ratio.value:.2f}x faster as a whole, and was taken")
-        reason = f"uniform {outcome.uniform} measured faster as a whole"
+        reason = "faster as a whole: see note"
         speedup = Estimate(*(value / ratio.value for value in (was.value, was.low, was.high)))
         taken = [replace(layer, reason=reason) for layer in uniform]
         return taken, replace(outcome, speedup=speedup, versus_uniform=None, divergence=divergence)

@@ -275,9 +275,9 @@ def _why_not(plan: Plan, layer: LayerPlan, option: Option) -> str:
         return "faster than the time budget asks for"
     if harm > 0:
         return f"harm {_small(option.harm or 0.0)} for {_us(gain)} us less: it buys more in other layers"
-    if (option.nbytes or 0) > (chosen.nbytes or 0):
+    if plan.budget.nbytes is not None and (option.nbytes or 0) > (chosen.nbytes or 0):
         return f"{bytes_in_words((option.nbytes or 0) - (chosen.nbytes or 0))} more than the byte budget leaves"
-    return f"{_us(gain)} us less, but not by the plan that measured best"
+    return f"{_us(gain)} us less alone, not as a whole"
 
 
 # -- the totals ----------------------------------------------------------------------------------------------------
