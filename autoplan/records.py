@@ -77,15 +77,6 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejection:
-    """A candidate that a layer cannot use, in one sentence a user can check."""
-
-    layer: str
-    candidate: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Sensitivity:
     """Predicted harm to the model's output from one candidate in one layer."""
 
