@@ -247,12 +247,12 @@ def _maker(shape: Shape, contender: Contender, canonical: packing.Canonical, x: 
     parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
     in_graph = None
     if shape.mode == "compiled":
-        in_graph = _in_graph(kernel, shape.out_features, x, kernel.pack(canonical), bias)
+        in_graph = _in_graph(kernel, shape.out_features, x, kernel.layout.pack(canonical), bias)
 
     def make() -> Call:
         copy = {key: tensor.clone() for key, tensor in canonical.items()}
         if in_graph is not None:
-            return functools.partial(in_graph, x, *kernel.pack(copy))
+            return functools.partial(in_graph, x, *kernel.layout.pack(copy))
         program = f"1:{kernel.name}"
         layer = PlannedLinear("timed", contender.candidate.name, program, copy, parameter, size=size, dtype=x.dtype)
         return functools.partial(layer, x)

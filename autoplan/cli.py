@@ -200,7 +200,7 @@ def _candidates(device_type: str, environment: dict[str, Any]) -> list[dict[str,
     rows = []
     for candidate in registered():
         for kernel in map(find_kernel, candidate.kernels):
-            if kernel.device != device_type:
+            if device_type not in kernel.devices:
                 continue
             reasons = {dtype: _rejects(candidate, kernel, device, dtype) for dtype in _DTYPES}
             rows.append(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from autoplan.candidates import Candidate
 from autoplan.errors import AutoplanError
 from autoplan.kernels import packing
-from autoplan.kernels.ops import Packed, parse_program
+from autoplan.kernels.ops import Packed, pack_program, parse_program, unpack_program
 
 
 class PlannedLinear(nn.Module):
@@ -124,8 +124,7 @@ class PlannedLinear(nn.Module):
         """The canonical tensors, as `state_dict()` shows them."""
         if self._packed is None:
             return dict(self._canonical)
-        _, kernels, slices = parse_program(self.program)
-        return kernels[0].unpack(self._packed[slices[0]])
+        return unpack_program(self.program, self._packed)
 
     def nbytes(self) -> int:
         """Bytes that the weight takes in memory (bias not counted): what the kernels hold, each tensor once."""
@@ -136,7 +135,7 @@ class PlannedLinear(nn.Module):
         _, kernels, _ = parse_program(self.program)
         packed: list[Tensor] | None = None
         if not any(tensor.is_meta for tensor in canonical.values()):
-            packed = [tensor for kernel in kernels for tensor in kernel.pack(canonical)]
+            packed = pack_program(self.program, canonical)
         self._packed: Packed | None = packed
         self._canonical = canonical if packed is None else {}
         self._inline = kernels[0].inline if len(kernels) == 1 else None

@@ -45,7 +45,7 @@ def _probe(name: str, canonical: Callable[[Tensor], Canonical], tolerance: float
         stored = canonical(weight)
         kernel = ops.find_kernel(name)
         dtype = stored["weight"].dtype if "weight" in stored else torch.bfloat16
-        y = kernel.run(x.to(dtype), kernel.pack(stored), bias, dtype)
+        y = kernel.run(x.to(dtype), kernel.layout.pack(stored), bias, dtype)
         error = relative_error(y, linear_float64(x, stored, bias))
         return None if error < tolerance else f"its probe gave a relative error of {error:.2g} on this machine"
 
@@ -67,12 +67,10 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 ops.register_kernel(
     ops.Kernel(
         name="linear",
-        device="cpu",
-        arity=1,
+        devices=("cpu", "cuda"),
+        layout=ops.Layout.canonical("weight"),
         supports=_float_input,
         probe=lambda: None,
-        pack=lambda canonical: (canonical["weight"],),
-        unpack=lambda packed: {"weight": packed[0]},
         run=_float_linear,
         inline=_float_linear,
     )
@@ -103,12 +101,15 @@ def _onednn(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dty
 ops.register_kernel(
     ops.Kernel(
         name="onednn",
-        device="cpu",
-        arity=1,
+        devices=("cpu",),
+        layout=ops.Layout(
+            name="onednn",
+            arity=1,
+            pack=lambda canonical: (torch.ops.mkldnn._reorder_linear_weight(canonical["weight"].contiguous(), None),),
+            unpack=lambda packed: {"weight": packed[0].to_dense()},
+        ),
         supports=_float_input,
         probe=_probe("onednn", lambda weight: {"weight": weight}),
-        pack=lambda canonical: (torch.ops.mkldnn._reorder_linear_weight(canonical["weight"].contiguous(), None),),
-        unpack=lambda packed: {"weight": packed[0].to_dense()},
         run=_onednn,
         inline=_onednn,
     )
@@ -139,13 +140,11 @@ def _pack_int8(canonical: Canonical) -> tuple[Tensor, ...]:
 ops.register_kernel(
     ops.Kernel(
         name="int8pack",
-        device="cpu",
-        arity=4,
+        devices=("cpu",),
+        layout=ops.Layout("int8pack", 4, _pack_int8, lambda packed: {"codes": packed[0], "scale": packed[1]}),
         # K % 16: below that, torch's kernel reads out of bounds (segmentation fault at 4 rows, NaN at 1).
         supports=lambda spec: _multiple(spec, in_features=16),
         probe=_probe("int8pack", lambda weight: quantize_per_channel(weight, torch.int8), in_features=48),
-        pack=_pack_int8,
-        unpack=lambda packed: {"codes": packed[0], "scale": packed[1]},
         run=_int8pack,
     )
 )
@@ -161,12 +160,10 @@ def _register_dequantize(name: str, keys: tuple[str, ...]) -> None:
     ops.register_kernel(
         ops.Kernel(
             name=name,
-            device="cpu",
-            arity=len(keys),
+            devices=("cpu", "cuda"),
+            layout=ops.Layout.canonical(*keys),
             supports=_float_input,
             probe=lambda: None,
-            pack=lambda canonical: tuple(canonical[key] for key in keys),
-            unpack=lambda packed: dict(zip(keys, packed, strict=True)),
             run=run,
         )
     )
@@ -239,12 +236,15 @@ def _pack_u8s8(canonical: Canonical) -> tuple[Tensor, ...]:
 ops.register_kernel(
     ops.Kernel(
         name="onednn_u8s8",
-        device="cpu",
-        arity=3,
+        devices=("cpu",),
+        layout=ops.Layout(
+            name="onednn_u8s8",
+            arity=3,
+            pack=_pack_u8s8,
+            unpack=lambda packed: {"codes": packed[0].to_dense().t().contiguous(), "scale": packed[1]},
+        ),
         supports=_float_input,
         probe=_probe("onednn_u8s8", lambda weight: quantize_per_channel(weight, torch.int8)),
-        pack=_pack_u8s8,
-        unpack=lambda packed: {"codes": packed[0].to_dense().t().contiguous(), "scale": packed[1]},
         run=_onednn_u8s8,
         inline=_onednn_u8s8_inline,
     )
@@ -261,12 +261,10 @@ def _int_mm(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dty
 ops.register_kernel(
     ops.Kernel(
         name="int_mm",
-        device="cpu",
-        arity=2,
+        devices=("cpu",),
+        layout=ops.Layout.canonical("codes", "scale"),
         supports=_float_input,
         probe=_probe("int_mm", lambda weight: quantize_per_channel(weight, torch.int8)),
-        pack=lambda canonical: (canonical["codes"].contiguous(), canonical["scale"]),
-        unpack=lambda packed: {"codes": packed[0], "scale": packed[1]},
         run=_int_mm,
     )
 )
@@ -294,12 +292,15 @@ def _pack_int4(canonical: Canonical) -> tuple[Tensor, ...]:
 ops.register_kernel(
     ops.Kernel(
         name="int4pack",
-        device="cpu",
-        arity=5,
+        devices=("cpu",),
+        layout=ops.Layout(
+            name="int4pack",
+            arity=5,
+            pack=_pack_int4,
+            unpack=lambda packed: {"codes": packed[2], "scale": packed[3], "zero_point": packed[4]},
+        ),
         supports=lambda spec: _multiple(spec, in_features=spec.group_size or 32, out_features=16),
         probe=_probe("int4pack", lambda weight: quantize_int4(weight, 32), in_features=96, out_features=48),
-        pack=_pack_int4,
-        unpack=lambda packed: {"codes": packed[2], "scale": packed[3], "zero_point": packed[4]},
         run=_int4pack,
     )
 )
@@ -320,13 +321,11 @@ def _scaled_mm(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.
 ops.register_kernel(
     ops.Kernel(
         name="scaled_mm",
-        device="cpu",
-        arity=2,
+        devices=("cpu",),
+        layout=ops.Layout.canonical("codes", "scale"),
         supports=lambda spec: _multiple(spec, in_features=16, out_features=16),
         probe=_probe("scaled_mm", lambda weight: quantize_per_channel(weight, torch.float8_e4m3fn),
                      in_features=48, out_features=16, tolerance=0.1),
-        pack=lambda canonical: (canonical["codes"].contiguous(), canonical["scale"]),
-        unpack=lambda packed: {"codes": packed[0], "scale": packed[1]},
         run=_scaled_mm,
     )
 )  # fmt: skip

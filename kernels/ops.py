@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,39 +22,66 @@ Run = Callable[[Tensor, Packed, Tensor | None, torch.dtype], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
-    """What decides whether a kernel can run a layer: its sizes, and the dtype that its input arrives in."""
+    """What decides whether a kernel can run a layer: sizes, the dtype that its input arrives in, and the GPU if any."""
 
     in_features: int
     out_features: int
     dtype: torch.dtype
     group_size: int | None = None
+    capability: tuple[int, int] | None = None  # CUDA compute capability; None on a CPU
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to hold a weight in memory. Kernels with the same layout share one copy of it.
+
+    `pack` turns a canonical weight (see `packing`) into always `arity` tensors, and `unpack` gives the canonical weight
+    back exactly, so that only the packed form is held.
+    """
+
+    name: str
+    arity: int
+    pack: Callable[[Canonical], tuple[Tensor, ...]]
+    unpack: Callable[[Packed], Canonical]
+
+    @classmethod
+    def canonical(cls, *keys: str) -> Layout:
+        """The canonical tensors of these names, as they are."""
+        return cls(
+            name=",".join(keys),
+            arity=len(keys),
+            pack=lambda canonical: tuple(canonical[key].contiguous() for key in keys),
+            unpack=lambda packed: dict(zip(keys, packed, strict=True)),
+        )
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of a linear layer: how it stores the weight, and how it runs.
+    """One implementation of a linear layer: how it holds the weight, and how it runs.
 
-    `pack` turns a canonical weight (see `packing`) into the tensors that `run` wants, always `arity` of them, and
-    `unpack` gives the canonical weight back exactly, so that only the packed form is held in memory.
     `run(x, packed, bias, dtype)` takes contiguous `x` [rows, in_features], rows >= 1, and returns a fresh
     [rows, out_features] of `dtype`. `inline`, where a kernel has it, computes the same in torch ops that Inductor may
     fuse with their neighbours (the matrix product itself stays a custom op), for compiled graphs; all else runs whole
     behind the op `autoplan::linear`.
+
+    A kernel with tile sizes to choose names those worth timing in `variants(spec, rows)`, best guess first; under the
+    name "kernel@config" it is found as a kernel of its own, run by `configured(config)`, so that what was timed is what
+    a plan names. Without a config it chooses one itself.
     """
 
     name: str
-    device: str
-    arity: int
+    devices: tuple[str, ...]
+    layout: Layout
     supports: Callable[[LinearSpec], str | None]  # None, or why this layer cannot use the kernel
     probe: Callable[[], str | None]  # None, or why this machine cannot; run once, on first use
-    pack: Callable[[Canonical], tuple[Tensor, ...]]
-    unpack: Callable[[Packed], Canonical]
     run: Run
     inline: Run | None = None
+    variants: Callable[[LinearSpec, int], Sequence[str]] | None = None
+    configured: Callable[[str], Run] | None = None
 
     def rejects(self, spec: LinearSpec) -> str | None:
         """None when this kernel can run a layer of `spec` on this machine, else the reason."""
-        return self.supports(spec) or _probe_once(self)
+        return self.supports(spec) or _probe_once(self.name.partition("@")[0])
 
 
 _KERNELS: dict[str, Kernel] = {}
@@ -69,18 +96,24 @@ def register_kernel(kernel: Kernel) -> Kernel:
 
 
 def find_kernel(name: str) -> Kernel:
-    """The kernel of that name. Raises KernelError naming those there are."""
+    """The kernel of that name, "kernel" or "kernel@config". Raises KernelError naming those there are."""
+    base, _, config = name.partition("@")
     try:
-        return _KERNELS[name]
+        kernel = _KERNELS[base]
     except KeyError:
-        raise KernelError(f"no kernel is named {name!r}; there are {', '.join(sorted(_KERNELS))}") from None
+        raise KernelError(f"no kernel is named {base!r}; there are {', '.join(sorted(_KERNELS))}") from None
+    if not config:
+        return kernel
+    if kernel.configured is None:
+        raise KernelError(f"the kernel {base!r} has no variants, so there is none named {name!r}")
+    return replace(kernel, name=name, run=kernel.configured(config))
 
 
 @functools.cache
-def _probe_once(kernel: Kernel) -> str | None:
+def _probe_once(name: str) -> str | None:
     """The kernel's own probe; private torch ops come and go, so an exception there is an answer too."""
     try:
-        return kernel.probe()
+        return find_kernel(name).probe()
     except Exception as error:
         return f"its probe failed on this machine: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
@@ -89,17 +122,31 @@ def _probe_once(kernel: Kernel) -> str | None:
 def parse_program(program: str) -> tuple[tuple[int, ...], tuple[Kernel, ...], tuple[slice, ...]]:
     """Read a program such as "1:int8pack,24:dequantize_int8": from how many rows on, which kernel.
 
-    Returns the thresholds, the kernels, and the part of the packed tensors that belongs to each.
+    Returns the thresholds, the kernels, and where among the packed tensors each finds its own.
     """
-    thresholds, kernels, slices, start = [], [], [], 0
+    thresholds, kernels, start = [], [], 0
+    held: dict[str, slice] = {}
     for step in program.split(","):
         rows, _, name = step.partition(":")
         kernel = find_kernel(name)
         thresholds.append(int(rows))
         kernels.append(kernel)
-        slices.append(slice(start, start + kernel.arity))
-        start += kernel.arity
-    return tuple(thresholds), tuple(kernels), tuple(slices)
+        if kernel.layout.name not in held:
+            held[kernel.layout.name] = slice(start, start + kernel.layout.arity)
+            start += kernel.layout.arity
+    return tuple(thresholds), tuple(kernels), tuple(held[kernel.layout.name] for kernel in kernels)
+
+
+def pack_program(program: str, canonical: Canonical) -> list[Tensor]:
+    """The packed tensors that a program runs on: each layout once, in the order of `parse_program`."""
+    layouts = {kernel.layout.name: kernel.layout for kernel in parse_program(program)[1]}
+    return [tensor for layout in layouts.values() for tensor in layout.pack(canonical)]
+
+
+def unpack_program(program: str, packed: Packed) -> Canonical:
+    """The canonical weight that the packed tensors of a program stand for."""
+    _, kernels, slices = parse_program(program)
+    return kernels[0].layout.unpack(packed[slices[0]])
 
 
 def run_program(x: Tensor, packed: Packed, bias: Tensor | None, program: str, dtype: torch.dtype) -> Tensor:
@@ -147,8 +194,7 @@ _implement("linear", _linear, _linear_fake)
 
 def _dense_weight(packed: Packed, program: str, size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The float weight [out_features, in_features] that the packed tensors of a program stand for."""
-    _, kernels, slices = parse_program(program)
-    weight = dequantize(kernels[0].unpack(packed[slices[0]]), dtype)
+    weight = dequantize(unpack_program(program, packed), dtype)
     return weight.clone() if any(weight is tensor for tensor in packed) else weight  # an op's output is its own
 
 

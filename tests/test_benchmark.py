@@ -124,7 +124,9 @@ def failing(where: str) -> Contender:
         raise NotImplementedError
 
     kernel = replace(find_kernel("linear"), name=f"broken_{where}")
-    return Contender(Failing(where), replace(kernel, **{where: broken}) if where in ("pack", "run") else kernel)
+    if where == "pack":
+        kernel = replace(kernel, layout=replace(kernel.layout, pack=broken))
+    return Contender(Failing(where), replace(kernel, run=broken) if where == "run" else kernel)
 
 
 @pytest.mark.parametrize("where", ["quantize", "pack", "run"])

@@ -50,7 +50,7 @@ def test_runs_close_to_its_meaning_or_says_why_not(name: str, dtype: str, k: int
     x = torch.randn(40, k).to(torch_dtype)
     meaning = candidate.linear(x.double(), canonical, bias.double())
     for kernel in kernels:
-        y = kernel.run(x, kernel.pack(canonical), bias, torch_dtype)
+        y = kernel.run(x, kernel.layout.pack(canonical), bias, torch_dtype)
         assert y.dtype == torch_dtype
         # bfloat16 inside some kernels rounds activations and output: 2^-8 each
         assert relative_error(y, meaning) < 0.03, kernel.name

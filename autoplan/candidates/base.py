@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoplan.errors import CandidateError
-from autoplan.kernels.ops import Kernel, LinearSpec, Packed, find_kernel, register_kernel
+from autoplan.kernels.ops import Kernel, Layout, LinearSpec, Packed, find_kernel, register_kernel
 from autoplan.kernels.packing import Canonical, dequantize
 from autoplan.records import Device, LayerProfile
 
@@ -46,7 +46,7 @@ class Candidate(ABC):
         dtypes = sorted({call.dtype for call in profile.calls} or {profile.dtype})
         usable, reasons = [], {}
         for kernel in map(find_kernel, self.kernels):
-            if kernel.device != profile.device:
+            if profile.device not in kernel.devices:
                 continue
             for dtype in dtypes:
                 spec = LinearSpec(profile.in_features, profile.out_features, getattr(torch, dtype), self.group_size)
@@ -102,21 +102,18 @@ def find_candidate(name: str) -> Candidate:
 def _own_kernel(candidate: Candidate) -> Kernel:
     """Run a candidate that brings no kernel by its own `linear`."""
 
-    def unpack(packed: Packed) -> Canonical:
-        return dict(zip(candidate.tensors, packed, strict=True))
+    layout = Layout.canonical(*candidate.tensors)
 
     def run(x: Tensor, packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return candidate.linear(x, unpack(packed), bias).to(dtype)
+        return candidate.linear(x, layout.unpack(packed), bias).to(dtype)
 
     return register_kernel(
         Kernel(
             name=f"{candidate.name}.linear",
-            device="cpu",
-            arity=len(candidate.tensors),
+            devices=("cpu", "cuda"),
+            layout=layout,
             supports=lambda spec: None,
             probe=lambda: None,
-            pack=lambda canonical: tuple(canonical[name] for name in candidate.tensors),
-            unpack=unpack,
             run=run,
         )
     )

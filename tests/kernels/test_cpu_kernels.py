@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -49,7 +50,7 @@ def test_close_to_float64_on_odd_shapes(name: str, dtype: torch.dtype) -> None:
         stored = canonical(name, (torch.randn(n, k) * 0.05).to(dtype))
         x = torch.randn(rows, k).to(dtype)
         bias = torch.randn(n).to(dtype) if biased else None
-        y = kernel.run(x, kernel.pack(stored), bias, dtype)
+        y = kernel.run(x, kernel.layout.pack(stored), bias, dtype)
         assert y.shape == (rows, n)
         assert y.dtype == dtype
         # the error is held against the size of the sum's terms: a single output may cancel to nothing
@@ -67,12 +68,12 @@ def test_unpack_gives_the_canonical_weight_back_exactly(name: str) -> None:
     kernel = find_kernel(name)
     for k, n in ((96, 48), (128, 16), (384, 64)):
         stored = canonical(name, torch.randn(n, k) * 0.05)
-        found = kernel.unpack(kernel.pack(stored))
+        found = kernel.layout.unpack(kernel.layout.pack(stored))
         assert found.keys() == stored.keys()
         for key, tensor in stored.items():
             assert found[key].dtype == tensor.dtype
             assert torch.equal(found[key].to(torch.float64), tensor.to(torch.float64)), key
-        assert len(kernel.pack(stored)) == kernel.arity
+        assert len(kernel.layout.pack(stored)) == kernel.layout.arity
 
 
 @pytest.mark.parametrize("name", FLOAT + INT8 + INT4 + FP8)
@@ -82,8 +83,8 @@ def test_a_transposed_weight_is_not_read_as_another_matrix(name: str) -> None:
     stored = canonical(name, weight)
     strided = {key: t.t().contiguous().t() if t.dim() == 2 else t for key, t in stored.items()}
     x = torch.randn(5, 64)
-    expected = kernel.run(x, kernel.pack(stored), None, torch.float32)
-    assert torch.equal(kernel.run(x, kernel.pack(strided), None, torch.float32), expected)
+    expected = kernel.run(x, kernel.layout.pack(stored), None, torch.float32)
+    assert torch.equal(kernel.run(x, kernel.layout.pack(strided), None, torch.float32), expected)
 
 
 @pytest.mark.parametrize("name", ["onednn_u8s8", "int_mm", "scaled_mm"])
@@ -96,7 +97,7 @@ def test_activation_rows_are_scaled_one_by_one(name: str) -> None:
     x[3] *= 1e-41  # denormal
     x[4] *= 1e30
     x[5, 7] = 1e4  # one outlier: the rest of its row drowns, other rows must not
-    y = kernel.run(x, kernel.pack(canonical(name, weight)), None, torch.float32)
+    y = kernel.run(x, kernel.layout.pack(canonical(name, weight)), None, torch.float32)
     expected = linear_float64(x, {"weight": weight}, None)
     assert bool(torch.isfinite(y).all())
     assert bool((y[1] == 0).all())
@@ -115,7 +116,7 @@ def test_hard_weights_stay_finite_and_exact_where_they_can(name: str) -> None:
     weight[3, 5] = 1e4
     stored = canonical(name, weight)
     x = torch.randn(3, 96)
-    y = kernel.run(x, kernel.pack(stored), None, torch.float32)
+    y = kernel.run(x, kernel.layout.pack(stored), None, torch.float32)
     assert bool(torch.isfinite(y).all())
     assert bool((y[:, 0] == 0).all())
     assert relative_error(y[:, 1], linear_float64(x, {"weight": weight}, None)[:, 1]) < 0.06
@@ -145,14 +146,14 @@ def test_int8pack_refuses_the_widths_that_crash_torch() -> None:
 def test_the_linear_op_passes_opcheck() -> None:
     for name in ("linear", "dequantize_int8", "int8pack", "dequantize_int4"):
         kernel = find_kernel(name)
-        packed = kernel.pack(canonical(name, torch.randn(16, 64) * 0.05))
+        packed = kernel.layout.pack(canonical(name, torch.randn(16, 64) * 0.05))
         args = (torch.randn(3, 64), list(packed), torch.randn(16), f"1:{name}", 16, torch.float32)
         torch.library.opcheck(torch.ops.autoplan.linear.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_backward_is_that_of_the_dequantized_layer() -> None:
     stored = canonical("int_mm", torch.randn(24, 64) * 0.05)
-    packed = find_kernel("int_mm").pack(stored)
+    packed = find_kernel("int_mm").layout.pack(stored)
     x, bias = torch.randn(5, 64, requires_grad=True), torch.randn(24, requires_grad=True)
     y = torch.ops.autoplan.linear(x, packed, bias, "1:int_mm", 24, torch.float32)
     seed = torch.randn_like(y)
@@ -173,3 +174,32 @@ def test_unknown_and_duplicate_kernels_are_refused_by_name() -> None:
         find_kernel("warp_drive")
     with pytest.raises(KernelError, match=r"'linear' is registered already"):
         register_kernel(find_kernel("linear"))
+
+
+def test_kernels_with_the_same_layout_share_one_copy_of_the_weight() -> None:
+    stored = canonical("int_mm", torch.randn(24, 64) * 0.05)
+    program = "1:dequantize_int8,8:int8pack,32:int_mm"
+    packed = ops.pack_program(program, stored)
+    _, _, slices = ops.parse_program(program)
+    assert slices[0] == slices[2] != slices[1]
+    assert len(packed) == 2 + find_kernel("int8pack").layout.arity
+    assert torch.equal(ops.unpack_program(program, packed)["codes"], stored["codes"])
+
+
+def test_a_variant_of_a_kernel_is_a_kernel_of_its_own() -> None:
+    def configured(config: str) -> ops.Run:
+        if config != "double":
+            raise KernelError(f"no such config: {config}")
+        return lambda x, packed, bias, dtype: 2 * find_kernel("linear").run(x, packed, bias, dtype)
+
+    base = dataclasses.replace(find_kernel("linear"), name="tests.with_variants", configured=configured)
+    register_kernel(base)
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    packed = ops.pack_program("1:tests.with_variants@double", {"weight": weight})
+    y = ops.run_program(x, packed, None, "1:tests.with_variants@double", torch.float32)
+    torch.testing.assert_close(y, 2 * x @ weight.T)
+    assert find_kernel("tests.with_variants@double").rejects(LinearSpec(8, 5, torch.float32)) is None
+    with pytest.raises(KernelError, match="no such config: triple"):
+        find_kernel("tests.with_variants@triple")
+    with pytest.raises(KernelError, match="'onednn' has no variants"):
+        find_kernel("onednn@x")
