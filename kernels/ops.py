@@ -81,7 +81,7 @@ class Kernel:
 
     def rejects(self, spec: LinearSpec) -> str | None:
         """None when this kernel can run a layer of `spec` on this machine, else the reason."""
-        return self.supports(spec) or _probe_once(self.name.partition("@")[0])
+        return self.supports(spec) or _probe_once(find_kernel(self.name.partition("@")[0]))
 
 
 _KERNELS: dict[str, Kernel] = {}
@@ -110,10 +110,10 @@ def find_kernel(name: str) -> Kernel:
 
 
 @functools.cache
-def _probe_once(name: str) -> str | None:
+def _probe_once(kernel: Kernel) -> str | None:
     """The kernel's own probe; private torch ops come and go, so an exception there is an answer too."""
     try:
-        return find_kernel(name).probe()
+        return kernel.probe()
     except Exception as error:
         return f"its probe failed on this machine: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
