@@ -1,0 +1,199 @@
+// Matrix products of panels of activations with strips of weights, on AMX tiles where the CPU has them, else on AVX-512.
+//
+// Both sides come in tiles of 16 x 64 bytes, contiguous, padded with zeros. A tile of activations holds 16 rows of 64
+// bytes along in_features; one of weights holds 16 output channels: row r has bytes 4 r to 4 r + 3 of each channel, side
+// by side (Intel, "Intel AMX", Software Developer's Manual volume 1, chapter 18). Four bytes are four int8 codes or two
+// bfloat16 values.
+//
+//   panel  16 rows x all of in_features      steps tiles       block  32 rows = two panels
+//   strip  32 output channels                2 x steps tiles
+#pragma once
+#include "simd.h"
+#ifdef __AMX_INT8__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+constexpr int64_t TILE = 1024, BLOCK_ROWS = 32, STRIP = 32;
+
+// Waking the other threads takes microseconds, in which one thread does about so many multiplications.
+constexpr int64_t SMALL = 1 << 17;
+
+static inline int team_for(int64_t rows, int64_t out_features, int64_t in_features, int threads) {
+  return rows * out_features * in_features < SMALL ? 1 : threads;
+}
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Int8 {  // signed by signed on AMX; VNNI wants unsigned activations, whose excess of 128 `start` takes off again
+  static constexpr bool integer = true;
+  static __m512i dot(__m512i sum, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sum, a, b); }
+};
+
+struct BFloat16 {
+  static constexpr bool integer = false;
+  static __m512i dot(__m512i sum, __m512i a, __m512i b) {
+#ifdef __AVX512BF16__
+    return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)a, (__m512bh)b));
+#else  // two exact products each, as bfloat16 is the upper half of a float32
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    __m512 s = _mm512_castsi512_ps(sum);
+    s = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), s);
+    s = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, upper)), _mm512_castsi512_ps(_mm512_and_si512(b, upper)), s);
+    return _mm512_castps_si512(s);
+#endif
+  }
+};
+
+#ifdef __AMX_INT8__
+
+// Linux hands out the tile registers on request, once per process.
+static inline bool product_available() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0; }
+
+static inline void product_begin() {  // per thread
+  struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } tiles;
+  asm volatile("ldtilecfg %0" ::"m"(tiles));  // the compiler's intrinsic was seen to drop the stores to `tiles`
+}
+
+static inline void product_end() { _tile_release(); }
+
+#define DOT(sum, a, b)         \
+  if (Kind::integer)           \
+    _tile_dpbssd(sum, a, b);   \
+  else                         \
+    _tile_dpbf16ps(sum, a, b)
+
+// out [32, 32] = block x strip; PANELS = 1 for the last rows. `start` is for VNNI only.
+template <class Kind, int PANELS>
+static inline void multiply(const char* block, const char* strip, int64_t steps, const int32_t*, int32_t* out) {
+  const char *lower = block + steps * TILE, *right = strip + steps * TILE;
+  _tile_zero(0);
+  _tile_zero(1);
+  if (PANELS == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < steps * TILE; k += TILE) {
+    if (PANELS == 1)  // few rows: waiting for weights is all there is, so ask for them early
+      for (int64_t line = 0; line < TILE; line += 64) {
+        _mm_prefetch(strip + k + 4 * TILE + line, _MM_HINT_T0);
+        _mm_prefetch(right + k + 4 * TILE + line, _MM_HINT_T0);
+      }
+    _tile_loadd(4, block + k, 64);
+    _tile_loadd(6, strip + k, 64);
+    _tile_loadd(7, right + k, 64);
+    DOT(0, 4, 6);
+    DOT(1, 4, 7);
+    if (PANELS == 2) {
+      _tile_loadd(5, lower + k, 64);
+      DOT(2, 5, 6);
+      DOT(3, 5, 7);
+    }
+  }
+  _tile_stored(0, out, 128);
+  _tile_stored(1, out + 16, 128);
+  if (PANELS == 2) {
+    _tile_stored(2, out + 512, 128);
+    _tile_stored(3, out + 528, 128);
+  }
+}
+
+template <class Kind>
+static inline void multiply(const char* block, int64_t rows, const char* strip, int64_t steps, const int32_t* start,
+                            int32_t* out) {
+  if (rows > 16)
+    multiply<Kind, 2>(block, strip, steps, start, out);
+  else
+    multiply<Kind, 1>(block, strip, steps, start, out);
+}
+
+#else  // AVX-512
+
+static inline bool product_available() { return true; }
+static inline void product_begin() {}
+static inline void product_end() {}
+
+template <class Kind, int ROWS>
+static inline void multiply_rows(const char* panel, const char* strip, int64_t steps, const int32_t* start,
+                                 int32_t* out) {
+  __m512i left[ROWS], right[ROWS];
+  for (int r = 0; r < ROWS; r++) {
+    left[r] = start ? _mm512_loadu_si512(start) : _mm512_setzero_si512();
+    right[r] = start ? _mm512_loadu_si512(start + 16) : _mm512_setzero_si512();
+  }
+  for (int64_t k = 0; k < steps * TILE; k += TILE)
+    for (int64_t line = 0; line < 16; line++) {
+      const __m512i b0 = _mm512_load_si512(strip + k + 64 * line);
+      const __m512i b1 = _mm512_load_si512(strip + steps * TILE + k + 64 * line);
+      for (int r = 0; r < ROWS; r++) {
+        const __m512i a = _mm512_set1_epi32(*(const int32_t*)(panel + k + 64 * r + 4 * line));
+        left[r] = Kind::dot(left[r], a, b0);
+        right[r] = Kind::dot(right[r], a, b1);
+      }
+    }
+  for (int r = 0; r < ROWS; r++) {
+    _mm512_store_si512(out + 32 * r, left[r]);
+    _mm512_store_si512(out + 32 * r + 16, right[r]);
+  }
+}
+
+// out [32, 32] = start + block x strip, for the first `rows` rows.
+template <class Kind>
+static inline void multiply(const char* block, int64_t rows, const char* strip, int64_t steps, const int32_t* start,
+                            int32_t* out) {
+  for (int64_t r = 0; r < rows;) {
+    const char* panel = block + r / 16 * steps * TILE + r % 16 * 64;
+    if (rows - r >= 8) {
+      multiply_rows<Kind, 8>(panel, strip, steps, start, out + 32 * r);
+      r += 8;
+    } else if (rows - r >= 4) {
+      multiply_rows<Kind, 4>(panel, strip, steps, start, out + 32 * r);
+      r += 4;
+    } else {
+      multiply_rows<Kind, 1>(panel, strip, steps, start, out + 32 * r);
+      r += 1;
+    }
+  }
+}
+
+#endif
+
+// What becomes of a product: y = product * row_scale * scale * unit + bias, in the dtype of y.
+struct Epilogue {
+  const float* row_scale;  // [rows], or null for 1
+  const float* scale;      // [out_features], or null for 1
+  const void* bias;        // [out_features], or null
+  int bias_dtype;
+  void* y;  // [rows, out_features]
+  int64_t out_features;
+  float unit;  // another factor of scale
+};
+
+template <class Kind, int DTYPE>
+static inline void finish(const int32_t* product, int64_t row, int64_t rows, int64_t channel, const Epilogue& e) {
+  for (int64_t half = 0; half < STRIP; half += 16) {
+    const int64_t n = channel + half;
+    if (n >= e.out_features) break;
+    const __mmask16 mask = lanes(e.out_features - n);
+    const __m512 unit = _mm512_set1_ps(e.unit);
+    const __m512 scale = e.scale ? _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, e.scale + n), unit) : unit;
+    const __m512 bias = e.bias ? load(e.bias_dtype, e.bias, n, mask) : _mm512_setzero_ps();
+    for (int64_t r = 0; r < rows; r++) {
+      const __m512i raw = _mm512_load_si512(product + 32 * r + half);
+      __m512 value = Kind::integer ? _mm512_cvtepi32_ps(raw) : _mm512_castsi512_ps(raw);
+      if (e.row_scale) value = _mm512_mul_ps(value, _mm512_set1_ps(e.row_scale[row + r]));
+      store<DTYPE>(e.y, (row + r) * e.out_features + n, mask, _mm512_fmadd_ps(value, scale, bias));
+    }
+  }
+}
+
+// The lines that a product will be written to are fetched while it is being computed.
+template <int DTYPE>
+static inline void expect(int64_t row, int64_t rows, int64_t channel, const Epilogue& e) {
+  for (int64_t r = 0; r < rows; r++)
+    __builtin_prefetch((const char*)e.y + ((row + r) * e.out_features + channel) * bytes_of(DTYPE), 1, 3);
+}

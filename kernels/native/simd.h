@@ -1,0 +1,109 @@
+// Loads, stores and small sums in AVX-512, for the three dtypes that activations come in. Arithmetic is in float32.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512VL__) || !defined(__AVX512VNNI__)
+#error "this CPU has no AVX-512 VNNI"
+#endif
+
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+constexpr int64_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+// Which of 16 lanes hold something, when `left` elements are left.
+static inline __mmask16 lanes(int64_t left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
+
+static inline __m512 widen_bf16(__m256i half) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+template <int DTYPE>
+static inline __m512 load(const void* from, int64_t at) {
+  if (DTYPE == FLOAT32) return _mm512_loadu_ps((const float*)from + at);
+  const __m256i half = _mm256_loadu_si256((const __m256i*)((const uint16_t*)from + at));
+  return DTYPE == BFLOAT16 ? widen_bf16(half) : _mm512_cvtph_ps(half);
+}
+
+template <int DTYPE>
+static inline __m512 load(const void* from, int64_t at, __mmask16 mask) {
+  if (DTYPE == FLOAT32) return _mm512_maskz_loadu_ps(mask, (const float*)from + at);
+  const __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)from + at);
+  return DTYPE == BFLOAT16 ? widen_bf16(half) : _mm512_cvtph_ps(half);
+}
+
+static inline __m512 load(int dtype, const void* from, int64_t at, __mmask16 mask) {
+  return dtype == FLOAT32    ? load<FLOAT32>(from, at, mask)
+         : dtype == BFLOAT16 ? load<BFLOAT16>(from, at, mask)
+                             : load<FLOAT16>(from, at, mask);
+}
+
+// Round to nearest even; a NaN stays one.
+static inline __m256i narrow_bf16(__m512 value) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(value);
+#else
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+#endif
+}
+
+template <int DTYPE>
+static inline void store(void* to, int64_t at, __mmask16 mask, __m512 value) {
+  if (DTYPE == FLOAT32)
+    _mm512_mask_storeu_ps((float*)to + at, mask, value);
+  else
+    _mm256_mask_storeu_epi16((uint16_t*)to + at, mask,
+                             DTYPE == BFLOAT16 ? narrow_bf16(value) : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// The largest magnitude of `count` elements. Without their sign bit, floats compare as integers do.
+template <int DTYPE>
+static inline float absmax(const void* from, int64_t at, int64_t count) {
+  constexpr int64_t step = 64 / bytes_of(DTYPE);
+  const char* p = (const char*)from + at * bytes_of(DTYPE);
+  const __m512i magnitude = DTYPE == FLOAT32 ? _mm512_set1_epi32(0x7fffffff) : _mm512_set1_epi16(0x7fff);
+  const auto larger = [&](__m512i a, __m512i b) {
+    b = _mm512_and_si512(b, magnitude);
+    return DTYPE == FLOAT32 ? _mm512_max_epu32(a, b) : _mm512_max_epu16(a, b);
+  };
+  __m512i best[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+  int64_t i = 0;
+  for (; i + 4 * step <= count; i += 4 * step, p += 256)
+    for (int j = 0; j < 4; j++) best[j] = larger(best[j], _mm512_loadu_si512(p + 64 * j));
+  for (; i + step <= count; i += step, p += 64) best[0] = larger(best[0], _mm512_loadu_si512(p));
+  if (i < count)
+    best[0] = larger(best[0], DTYPE == FLOAT32 ? _mm512_maskz_loadu_epi32((__mmask16)((1u << (count - i)) - 1), p)
+                                               : _mm512_maskz_loadu_epi16((__mmask32)((1u << (count - i)) - 1), p));
+  best[0] = larger(larger(best[0], best[1]), larger(best[2], best[3]));
+  if (DTYPE == FLOAT32) {  // as integers to the end: a NaN is the largest of all, and must not get lost
+    const uint32_t bits = _mm512_reduce_max_epu32(best[0]);
+    float largest;
+    memcpy(&largest, &bits, 4);
+    return largest;
+  }
+  const __m256i halves = _mm256_max_epu16(_mm512_castsi512_si256(best[0]), _mm512_extracti64x4_epi64(best[0], 1));
+  const uint16_t bits = (uint16_t)_mm512_reduce_max_epu32(_mm512_cvtepu16_epi32(halves));
+  return _mm512_cvtss_f32(load<DTYPE>(&bits, 0, 1));
+}
+
+// Scratch memory of the calling thread, kept between calls: fresh pages cost more than the work done in them.
+static inline char* scratch(int64_t bytes) {
+  struct Buffer {
+    char* at = nullptr;
+    int64_t size = 0;
+    ~Buffer() { free(at); }
+  };
+  static thread_local Buffer buffer;
+  if (bytes > buffer.size) {
+    free(buffer.at);
+    buffer.size = (bytes + 4095) / 4096 * 4096;
+    buffer.at = (char*)aligned_alloc(4096, buffer.size);
+  }
+  return buffer.at;
+}

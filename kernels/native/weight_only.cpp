@@ -1,0 +1,218 @@
+// int8 and int4 weights, float activations: dequantized on the way. Few rows read the weights once, in float32; many
+// rows multiply in bfloat16, on strips of weights that are dequantized once and used for all rows.
+#include <omp.h>
+#include "product.h"
+
+namespace {
+
+// How a kind of weight is decoded. A line is 64 bytes: LINE_K codes along in_features of each of 16 output channels.
+// `codes(line, j)` are the channels' j-th, as floats; `unit` times these floats is what they stand for.
+
+struct Int8Weight {
+  static constexpr int LINE_K = 4;
+  static constexpr float unit = 1.0f / (1 << 24);
+  static __m512 codes(__m512i line, int j) {  // each byte moved to the top of its lane: 2^24 times the code
+    const __m512i top = _mm512_set1_epi32((int)0xff000000);
+    return _mm512_cvtepi32_ps(j == 3 ? _mm512_and_si512(line, top)
+                                     : _mm512_and_si512(_mm512_slli_epi32(line, 24 - 8 * j), top));
+  }
+};
+
+struct Int4Weight {
+  static constexpr int LINE_K = 8;
+  static constexpr float unit = 1;
+  static __m512 codes(__m512i line, int j) {
+    const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(line, 4 * j), values);  // looks at the lowest four bits only
+  }
+};
+
+struct Weight {
+  const char* lines;           // [out_features / 16, in_features / LINE_K, 64], padded
+  const float* scale;          // [groups, channels]
+  const uint8_t* zero_point;   // [groups, channels], or null for zeros
+  int64_t channels, in_features, group_size;  // padded; group_size = in_features without groups
+};
+
+// For ROWS rows and 16 channels: sum over groups of scale * (sum of x * code - zero_point * sum of x).
+template <class Kind, int ROWS>
+void few(const float* x, int64_t stride, const float* group_sums, int64_t groups, const Weight& w, int64_t channel,
+         __m512* total) {
+  const char* line = w.lines + channel / 16 * (w.in_features / Kind::LINE_K) * 64;
+  for (int r = 0; r < ROWS; r++) total[r] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; g++) {
+    __m512 even[ROWS], odd[ROWS];
+    for (int r = 0; r < ROWS; r++) even[r] = odd[r] = _mm512_setzero_ps();
+    const int64_t end = (g + 1) * w.group_size;
+    for (int64_t k = g * w.group_size; k < end; k += Kind::LINE_K, line += 64) {
+      _mm_prefetch(line + 2048, _MM_HINT_T0);
+      const __m512i codes = _mm512_loadu_si512(line);
+#pragma GCC unroll 8
+      for (int j = 0; j < Kind::LINE_K; j += 2) {
+        const __m512 first = Kind::codes(codes, j), second = Kind::codes(codes, j + 1);
+        for (int r = 0; r < ROWS; r++) {
+          even[r] = _mm512_fmadd_ps(first, _mm512_set1_ps(x[r * stride + k + j]), even[r]);
+          odd[r] = _mm512_fmadd_ps(second, _mm512_set1_ps(x[r * stride + k + j + 1]), odd[r]);
+        }
+      }
+    }
+    const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(w.scale + g * w.channels + channel), _mm512_set1_ps(Kind::unit));
+    for (int r = 0; r < ROWS; r++) {
+      __m512 sum = _mm512_add_ps(even[r], odd[r]);
+      if (w.zero_point) {
+        const __m128i zero = _mm_loadu_si128((const __m128i*)(w.zero_point + g * w.channels + channel));
+        sum = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zero)), _mm512_set1_ps(group_sums[r * groups + g]), sum);
+      }
+      total[r] = _mm512_fmadd_ps(scale, sum, total[r]);
+    }
+  }
+}
+
+template <class Kind, int DTYPE, int ROWS>
+void few_rows(const float* x, int64_t row, const float* sums, int64_t groups, const Weight& w, int64_t channel,
+              const Epilogue& e) {
+  __m512 total[ROWS];
+  few<Kind, ROWS>(x + row * w.in_features, w.in_features, sums + row * groups, groups, w, channel, total);
+  const __mmask16 mask = lanes(e.out_features - channel);
+  const __m512 bias = e.bias ? load(e.bias_dtype, e.bias, channel, mask) : _mm512_setzero_ps();
+  for (int r = 0; r < ROWS; r++)
+    store<DTYPE>(e.y, (row + r) * e.out_features + channel, mask, _mm512_add_ps(total[r], bias));
+}
+
+template <class Kind, int DTYPE>
+void run_few(const void* x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
+  const int64_t groups = w.in_features / w.group_size;
+  float* const values = (float*)scratch(rows * (w.in_features + groups) * 4);  // x in float32, and its sums per group
+  float* const sums = values + rows * w.in_features;
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t k = 0; k < w.in_features; k += 16)
+      _mm512_storeu_ps(values + r * w.in_features + k,
+                       k < in_features ? load<DTYPE>(x, r * in_features + k, lanes(in_features - k)) : _mm512_setzero_ps());
+    if (w.zero_point)
+      for (int64_t g = 0; g < groups; g++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t k = g * w.group_size; k < (g + 1) * w.group_size; k += 16)
+          sum = _mm512_add_ps(sum, _mm512_loadu_ps(values + r * w.in_features + k));
+        sums[r * groups + g] = _mm512_reduce_add_ps(sum);
+      }
+  }
+  const int64_t columns = ceil_div(e.out_features, 16);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t c = 0; c < columns; c++) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) few_rows<Kind, DTYPE, 4>(values, r, sums, groups, w, c * 16, e);
+    for (; r + 2 <= rows; r += 2) few_rows<Kind, DTYPE, 2>(values, r, sums, groups, w, c * 16, e);
+    for (; r < rows; r++) few_rows<Kind, DTYPE, 1>(values, r, sums, groups, w, c * 16, e);
+  }
+}
+
+// bfloat16 tiles [in_features / 32, 16, 64] of 16 channels: pairs along in_features, side by side.
+template <class Kind>
+void dequantize(const Weight& w, int64_t channel, char* tiles) {
+  const char* line = w.lines + channel / 16 * (w.in_features / Kind::LINE_K) * 64;
+  for (int64_t g = 0; g * w.group_size < w.in_features; g++) {
+    const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(w.scale + g * w.channels + channel), _mm512_set1_ps(Kind::unit));
+    __m512 offset = _mm512_setzero_ps();
+    if (w.zero_point) {
+      const __m128i zero = _mm_loadu_si128((const __m128i*)(w.zero_point + g * w.channels + channel));
+      offset = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zero)), scale);
+    }
+    for (int64_t k = 0; k < w.group_size; k += Kind::LINE_K, line += 64) {
+      const __m512i codes = _mm512_loadu_si512(line);
+#pragma GCC unroll 8
+      for (int j = 0; j < Kind::LINE_K; j += 2, tiles += 64) {
+        __m512i first, second;
+        if (w.zero_point) {
+          first = _mm512_cvtepu16_epi32(narrow_bf16(_mm512_fmsub_ps(Kind::codes(codes, j), scale, offset)));
+          second = _mm512_cvtepu16_epi32(narrow_bf16(_mm512_fmsub_ps(Kind::codes(codes, j + 1), scale, offset)));
+        } else {  // an int8 code is exact in bfloat16, and its scale comes at the end
+          first = _mm512_srli_epi32(_mm512_castps_si512(Kind::codes(codes, j)), 16);
+          second = _mm512_srli_epi32(_mm512_castps_si512(Kind::codes(codes, j + 1)), 16);
+        }
+        _mm512_store_si512(tiles, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+      }
+    }
+  }
+}
+
+constexpr int64_t GROUP = 2 << 20;  // bytes of activations between which weights are dequantized anew
+
+template <class Kind, int DTYPE>
+void run_many(const void* x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
+  const int64_t steps = ceil_div(w.in_features, 32), strips = ceil_div(e.out_features, STRIP);
+  const int64_t blocks = ceil_div(rows, BLOCK_ROWS), block_bytes = 2 * steps * TILE;
+  const int64_t group = GROUP / block_bytes > 4 ? GROUP / block_bytes : 4;
+  const int64_t held = group < blocks ? group : blocks;
+  char* const panels = scratch((held + threads) * block_bytes);
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    char* const strip = panels + (held + thread) * block_bytes;
+    alignas(64) int32_t product[BLOCK_ROWS * STRIP];
+    product_begin();
+    for (int64_t b = 0; b < blocks; b += group) {
+      const int64_t last = b + group < blocks ? b + group : blocks, origin = b * BLOCK_ROWS;
+#pragma omp for schedule(static)
+      for (int64_t r = origin; r < (last * BLOCK_ROWS < rows ? last * BLOCK_ROWS : rows); r++) {
+        char* to = panels + (r - origin) / 16 * steps * TILE + r % 16 * 64;
+        for (int64_t k = 0; k < steps * 32; k += 32, to += TILE)
+          for (int64_t half = 0; half < 32; half += 16) {
+            const int64_t left = in_features - k - half;
+            const __m512 v = left > 0 ? load<DTYPE>(x, r * in_features + k + half, lanes(left)) : _mm512_setzero_ps();
+            _mm256_store_si256((__m256i*)(to + 2 * half), narrow_bf16(v));
+          }
+      }
+      for (int64_t s = strips * thread / team; s < strips * (thread + 1) / team; s++) {
+        dequantize<Kind>(w, s * STRIP, strip);
+        dequantize<Kind>(w, s * STRIP + 16, strip + steps * TILE);
+        for (int64_t i = b; i < last; i++) {
+          const int64_t row = i * BLOCK_ROWS, count = rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS;
+          expect<DTYPE>(row, count, s * STRIP, e);
+          multiply<BFloat16>(panels + (i - b) * block_bytes, count, strip, steps, nullptr, product);
+          finish<BFloat16, DTYPE>(product, row, count, s * STRIP, e);
+        }
+      }
+#pragma omp barrier
+    }
+    product_end();
+  }
+}
+
+template <class Kind, int DTYPE>
+void run(const void* x, const Weight& w, Epilogue e, int64_t rows, int64_t in_features, int few, int threads) {
+  if (rows <= few) return run_few<Kind, DTYPE>(x, w, e, rows, in_features, threads);
+  if (!w.zero_point) e.scale = w.scale, e.unit = Kind::unit;
+  run_many<Kind, DTYPE>(x, w, e, rows, in_features, threads);
+}
+
+template <class Kind>
+void run(const void* x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int few, int dtype,
+         int threads) {
+  if (dtype == FLOAT32)
+    run<Kind, FLOAT32>(x, w, e, rows, in_features, few, threads);
+  else if (dtype == BFLOAT16)
+    run<Kind, BFLOAT16>(x, w, e, rows, in_features, few, threads);
+  else
+    run<Kind, FLOAT16>(x, w, e, rows, in_features, few, threads);
+}
+
+}  // namespace
+
+// y [rows, out_features] = x [rows, in_features] times the int8 weight, by its few-rows way up to `few` rows.
+extern "C" void autoplan_int8_weight(const void* x, const char* lines, const float* scale, const void* bias, void* y,
+                                     int64_t rows, int64_t out_features, int64_t in_features, int few, int dtype,
+                                     int bias_dtype, int threads) {
+  threads = team_for(rows, out_features, in_features, threads);
+  const int64_t padded = ceil_div(in_features, 64) * 64;
+  const Weight w = {lines, scale, nullptr, ceil_div(out_features, STRIP) * STRIP, padded, padded};
+  run<Int8Weight>(x, w, {nullptr, nullptr, bias, bias_dtype, y, out_features, 1}, rows, in_features, few, dtype, threads);
+}
+
+// The same for an int4 weight in groups of `group_size`, a multiple of 16 that divides in_features.
+extern "C" void autoplan_int4_weight(const void* x, const char* lines, const float* scale, const uint8_t* zero_point,
+                                     const void* bias, void* y, int64_t rows, int64_t out_features, int64_t in_features,
+                                     int64_t group_size, int few, int dtype, int bias_dtype, int threads) {
+  threads = team_for(rows, out_features, in_features, threads);
+  const Weight w = {lines, scale, zero_point, ceil_div(out_features, STRIP) * STRIP, in_features, group_size};
+  run<Int4Weight>(x, w, {nullptr, nullptr, bias, bias_dtype, y, out_features, 1}, rows, in_features, few, dtype, threads);
+}

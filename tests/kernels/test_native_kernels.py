@@ -1,0 +1,141 @@
+"""The C++ kernels: every instruction set they can be compiled for here, every way through them, against float64."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoplan.errors import KernelError
+from autoplan.kernels import find_kernel, native, packing
+from autoplan.kernels.native import build
+from autoplan.kernels.reference import linear_float64, relative_error
+
+KERNELS = ("fused_int8", "tiled_int8", "tiled_int4")
+NO_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
+INSTRUCTION_SETS = {
+    "all of this CPU's": (),
+    "AVX-512": NO_AMX,
+    "AVX-512 without bfloat16": (*NO_AMX, "-mno-avx512bf16"),
+}
+TOLERANCES = {torch.float32: 0.0, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of rounding the output
+
+
+def _missing() -> str:
+    try:
+        build.library()
+    except KernelError as error:
+        return str(error)
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(_missing()), reason=_missing())
+
+
+@pytest.fixture(params=INSTRUCTION_SETS.values(), ids=INSTRUCTION_SETS.keys())
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: build.library(*request.param))
+
+
+def canonical(name: str, out_features: int, in_features: int) -> packing.Canonical:
+    weight = torch.randn(out_features, in_features) * 0.05
+    if name == "tiled_int4":
+        return packing.quantize_int4(weight, next(g for g in (128, 64, 32) if in_features % g == 0))
+    return packing.quantize_per_channel(weight, torch.int8)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_every_path_is_close_to_float64(name: str, dtype: torch.dtype) -> None:
+    kernel = find_kernel(name)
+    # one thread and several; blocks and panels that are full, part full and missing; more rows than one group holds
+    sizes = [(1, 32), (17, 96), (33, 64), (40, 320), (96, 1024)]
+    if name == "fused_int8":
+        sizes += [(3, 4), (9, 20), (50, 100), (17, 65)]
+    for out_features, in_features in sizes:
+        stored, bias = canonical(name, out_features, in_features), torch.randn(out_features).to(dtype)
+        packed = kernel.layout.pack(stored)
+        for rows in (1, 2, 3, 6, 7, 16, 17, 31, 33, 200):
+            x = torch.randn(rows, in_features).to(dtype)
+            error = relative_error(kernel.run(x, packed, bias, dtype), linear_float64(x, stored, bias))
+            # int8 activations; or bfloat16 ones, beyond a few rows, times int4 weights rounded to bfloat16
+            bound = 0.02 if name == "fused_int8" else 5e-3 if rows > native._FEW_ROWS else 1e-6
+            assert error <= bound + TOLERANCES[dtype], (out_features, in_features, rows, error)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_many_rows_and_wide_layers() -> None:
+    """Groups of rows, threads that share rows and threads that share channels."""
+    for rows, out_features, in_features in ((2500, 40, 64), (700, 48, 4096), (70, 1100, 1024)):
+        for name in KERNELS:
+            kernel, stored = find_kernel(name), canonical(name, out_features, in_features)
+            x = torch.randn(rows, in_features)
+            y = kernel.run(x, kernel.layout.pack(stored), None, torch.float32)
+            assert relative_error(y, linear_float64(x, stored, None)) < 0.02, (name, rows, out_features, in_features)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_int8_products_are_exact() -> None:
+    """Rows of codes with a largest code of 127 are quantized without error, so only float32 rounding is left."""
+    kernel = find_kernel("fused_int8")
+    stored = canonical("fused_int8", 70, 200)
+    x = torch.randint(-127, 128, (90, 200)).float()
+    x[:, 7] = 127
+    y = kernel.run(x, kernel.layout.pack(stored), None, torch.float32)
+    assert relative_error(y, linear_float64(x, stored, None)) < 1e-6
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("rows", [2, 40])
+def test_not_a_number_stays_in_its_row(name: str, rows: int) -> None:
+    kernel, stored = find_kernel(name), canonical(name, 40, 128)
+    for dtype, bad in itertools.product(TOLERANCES, (torch.nan, torch.inf)):
+        x = torch.randn(rows, 128).to(dtype)
+        x[1, 100] = bad
+        y = kernel.run(x, kernel.layout.pack(stored), None, dtype)
+        assert not torch.isfinite(y[1]).any()
+        assert torch.isfinite(y[0]).all()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_several_threads_may_call_at_once(name: str) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    kernel, stored = find_kernel(name), canonical(name, 96, 256)
+    packed, x = kernel.layout.pack(stored), torch.randn(64, 256)
+    expected = kernel.run(x, packed, None, torch.float32)
+    with ThreadPoolExecutor(4) as pool:
+        for y in pool.map(lambda _: kernel.run(x, packed, None, torch.float32), range(64)):
+            assert torch.equal(y, expected)
+
+
+def test_the_binary_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    features = build._cpu_features()
+    made = build._binary(features, ())
+    assert [made] == list(made.parent.iterdir())
+    monkeypatch.setattr(build.subprocess, "run", _only_version(build.subprocess.run))
+    assert build._binary(features, ()) == made
+
+
+def _only_version(run):  # type: ignore[no-untyped-def]
+    def checked(command, **options):  # type: ignore[no-untyped-def]
+        assert command[1:] == ["--version"], "compiled again"
+        return run(command, **options)
+
+    return checked
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    with pytest.raises(KernelError, match="could not compile it"):
+        build._binary(build._cpu_features(), ("-mno-avx512vnni", *NO_AMX))
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    with pytest.raises(KernelError, match="no C\\+\\+ compiler was found"):
+        build._binary(build._cpu_features(), ())
+    monkeypatch.setattr(build, "_cpu_features", lambda: {"avx2"})
+    with pytest.raises(KernelError, match="lacks avx512_vnni, avx512bw"):
+        build.library.__wrapped__()
