@@ -1,11 +1,11 @@
-"""Which candidate for which layer: an exact multiple-choice knapsack, its certificate and its whole frontier.
+"""Which candidate for which layer: an exact multiple-choice knapsack and its certificate.
 
 Every layer takes exactly one choice; the total time is minimised while the total harm (and, if asked, the bytes) stay
 inside their limits. Three classical pieces do the work:
 
 - The LP relaxation is solved by taking the increments of every layer's convex hull in order of time saved per harm
-  (Sinha & Zoltners, "The Multiple-Choice Knapsack Problem", Operations Research 27(3), 1979). One sort yields the whole
-  frontier, a good feasible plan and the Lagrange multiplier.
+  (Sinha & Zoltners, "The Multiple-Choice Knapsack Problem", Operations Research 27(3), 1979). One sort yields a
+  good feasible plan and the Lagrange multiplier.
 - With multipliers p >= 0, `sum_i min_k (time + p * amount) - p * limit` bounds every feasible plan from below
   (Geoffrion, "Lagrangean relaxation for integer programming", 1974). What cannot beat the best known plan is dropped.
 - What is left is searched layer by layer, keeping only states that no other state beats in time and in every amount
@@ -18,7 +18,7 @@ order they are added, and a permutation of identical layers is a tie and not a r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,11 +26,10 @@ from numpy.typing import NDArray
 
 from autoplan.errors import BudgetError
 
-__all__ = ["FrontierPoint", "Solution", "choice_at", "frontier", "solve"]
+__all__ = ["Solution", "solve"]
 
 _GRID_BITS = 60  # sums of two grid values stay inside int64
 _HUGE = 1e100  # anything above is as good as infinite, and sums below cannot overflow
-_SMALLEST = 1074  # the smallest float is 2**-1074
 _WORK = 5_000_000  # states x choices visited before the search becomes a beam and reports its gap
 _BEAM = 250  # states that are kept even then
 
@@ -48,15 +47,6 @@ class Solution:
     lower_bound: float  # no plan inside the limits is faster
     gap: float  # (time - lower_bound) / time; 0.0 when the plan is optimal
     price: float  # Lagrange multiplier: time that one more unit of harm would save; 0.0 when harm does not bind
-
-
-@dataclass(frozen=True, slots=True)
-class FrontierPoint:
-    """One plan of the frontier, as the `(layer, choice)` changes from the point before; the first names every layer."""
-
-    harm: float
-    time: float
-    changes: tuple[tuple[int, int], ...]
 
 
 def solve(
@@ -135,47 +125,6 @@ def solve(
     return _solution(found.choice, time, harm, price, min(max(bound, 0.0), _total(time, found.choice)))
 
 
-def frontier(time: _Floats, harm: _Floats) -> tuple[FrontierPoint, ...]:
-    """The fastest plan for every harm on the lower convex hull, from the fastest harmless plan to the fastest of all.
-
-    Each point is the optimum for its own harm as budget; between two points `solve` may find a plan that is a little
-    faster than the point below. Sinha & Zoltners (1979), see the top of this file.
-
-    Raises:
-        ValueError: as `solve`.
-    """
-    time, harm = _checked(time, harm)
-    start, increments = _hull_increments(time, harm)
-    choice = start.tolist()
-    times, harms = time.tolist(), harm.tolist()
-    # Whole numbers add without rounding, so a point's totals are those of math.fsum over its layers.
-    total_time = sum(_exact(row[k]) for row, k in zip(times, choice, strict=True))
-    total_harm = sum(_exact(row[k]) for row, k in zip(harms, choice, strict=True))
-    points = [FrontierPoint(_rounded(total_harm), _rounded(total_time), tuple(enumerate(choice)))]
-    for _, layer, k in increments:
-        before, choice[layer] = choice[layer], k
-        total_time += _exact(times[layer][k]) - _exact(times[layer][before])
-        total_harm += _exact(harms[layer][k]) - _exact(harms[layer][before])
-        points.append(FrontierPoint(_rounded(total_harm), _rounded(total_time), ((layer, k),)))
-    return tuple(points)
-
-
-def choice_at(points: Sequence[FrontierPoint], budget: float) -> tuple[int, ...]:
-    """The choice of every layer in the last point of a frontier whose harm is within `budget`.
-
-    Raises:
-        BudgetError: `budget` is NaN, or below the harm of the first point.
-    """
-    if not points or not budget >= points[0].harm:
-        raise BudgetError(f"no point of the frontier has a harm of {budget} or less")
-    choice: dict[int, int] = {}
-    for point in points:
-        if point.harm > budget:
-            break
-        choice.update(point.changes)
-    return tuple(choice[layer] for layer in range(len(choice)))
-
-
 # --- input and output ---
 
 
@@ -224,16 +173,6 @@ def _solution(
 def _total(table: _Floats, choice: NDArray[np.intp]) -> float:
     """The correctly rounded sum, whatever the order of the layers."""
     return math.fsum(table[np.arange(len(choice)), choice].tolist())
-
-
-def _exact(value: float) -> int:
-    """The value as a multiple of the smallest float."""
-    numerator, denominator = value.as_integer_ratio()
-    return numerator << (_SMALLEST - denominator.bit_length() + 1)
-
-
-def _rounded(total: int) -> float:
-    return total / (1 << _SMALLEST)  # correctly rounded
 
 
 # --- LP relaxation ---

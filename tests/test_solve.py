@@ -1,9 +1,8 @@
-"""The knapsack against brute force, its certificate, its frontier, its ties and its speed."""
+"""The knapsack against brute force, its certificate, its ties and its speed."""
 
 from __future__ import annotations
 
 import ast
-import itertools
 import math
 import statistics
 import sys
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from autoplan import solve as solve_module
 from autoplan.errors import BudgetError
-from autoplan.solve import FrontierPoint, Solution, choice_at, frontier, solve
+from autoplan.solve import Solution, solve
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -158,31 +157,6 @@ def test_column_order_does_not_matter_without_ties() -> None:
     assert tuple(order[k] for k in shuffled.choice) == solve(time, harm, budget).choice
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(tables())
-def test_frontier(problem: tuple[Table, Table, Table]) -> None:
-    time, harm, _ = problem
-    points = frontier(time, harm)
-    assert points[0].harm == 0.0
-    assert [layer for layer, _ in points[0].changes] == list(range(len(time)))
-    assert points[-1].time == math.fsum(time.min(axis=1, initial=math.inf))
-    choice: dict[int, int] = {}
-    for point in points:
-        choice.update(point.changes)
-        here = tuple(choice[layer] for layer in range(len(time)))
-        assert (point.harm, point.time) == (total(harm, here), total(time, here))
-        # Each point is the optimum for its own harm: a vertex of the LP hull.
-        found = solve(time, harm, point.harm)
-        assert found.time == pytest.approx(point.time, rel=1e-12, abs=1e-15 * time[:, 0].sum())
-    for before, after in itertools.pairwise(points):
-        assert len(after.changes) == 1
-        assert after.harm >= before.harm
-        assert after.time <= before.time
-        if after.harm > before.harm:
-            assert total(harm, choice_at(points, math.nextafter(after.harm, 0.0))) == before.harm
-    assert total(time, choice_at(points, math.inf)) == points[-1].time
-
-
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
 def test_bound_holds_when_the_search_is_cut_short(data: st.DataObject) -> None:
@@ -246,8 +220,6 @@ def test_budget_is_met_exactly() -> None:
 
 def test_degenerate_problems() -> None:
     assert solve(np.zeros((0, 3)), np.zeros((0, 3)), 0.0) == Solution((), 0.0, 0.0, 0.0, 0.0, 0.0)
-    assert frontier(np.zeros((0, 3)), np.zeros((0, 3))) == (FrontierPoint(0.0, 0.0, ()),)
-    assert choice_at(frontier(np.zeros((0, 3)), np.zeros((0, 3))), 0.0) == ()
     assert solve(np.array([[3.0], [2.0]]), np.zeros((2, 1)), 0.0).choice == (0, 0)
     time = np.array([[3.0, 2.0, 1.0, math.inf]])
     assert solve(time, np.zeros((1, 4)), 0.0).choice == (2,)
@@ -280,8 +252,6 @@ def test_price_is_the_marginal_time_per_harm() -> None:
 def test_malformed_tables(time: list[list[float]], harm: list[list[float]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         solve(np.array(time), np.array(harm), 1.0)
-    with pytest.raises(ValueError, match=message):
-        frontier(np.array(time), np.array(harm))
 
 
 def test_malformed_limits() -> None:
@@ -291,8 +261,6 @@ def test_malformed_limits() -> None:
             solve(time, harm, budget)
         with pytest.raises(BudgetError, match="max_nbytes"):
             solve(time, harm, 1.0, nbytes=time, max_nbytes=budget)
-        with pytest.raises(BudgetError, match="no point"):
-            choice_at(frontier(time, harm), budget)
     with pytest.raises(ValueError, match="needs nbytes"):
         solve(time, harm, 1.0, max_nbytes=1.0)
     assert solve(time, harm, 1.0, nbytes=time) == solve(time, harm, 1.0)  # no limit
@@ -344,16 +312,6 @@ def test_identical_layers_are_quick() -> None:
     assert solution.gap == 0.0
     assert solution.harm <= 30.0
     assert median_seconds(lambda: solve(time, harm, 30.0)) < 0.5
-
-
-def test_frontier_is_close_to_the_optimum_at_the_size_of_an_8b_model() -> None:
-    time, harm, _ = model(224, 6)
-    points = frontier(time, harm)
-    assert median_seconds(lambda: frontier(time, harm)) < 0.5
-    for budget in np.geomspace(points[1].harm, points[-1].harm, 7):
-        choice = choice_at(points, budget)
-        assert total(harm, choice) <= budget
-        assert total(time, choice) <= solve(time, harm, budget).time * 1.01
 
 
 def test_bytes_at_the_size_of_an_8b_model() -> None:
