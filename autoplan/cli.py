@@ -22,12 +22,14 @@ _EXIT_CODES = """\
 exit codes:
   0  done
   1  demo: the planned model's error is above the budget
+     cache verify: something cannot be trusted; cache show: there is no such record
   2  wrong usage, or an error that the message explains
   130  interrupted
 """
 _DTYPES = ("float32", "bfloat16", "float16")
 _TYPICAL = 4096  # in_features and out_features of the layer that `doctor` asks about
 _LARGEST_MULTIPLE = 256
+_ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     import autoplan
+    from autoplan import cli_cache
 
     parser = argparse.ArgumentParser(
         prog="autoplan",
@@ -73,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         help="lossless, high or balanced, or the largest relative squared error of the embeddings (default: high)",
     )  # fmt: skip
     cache = demo.add_mutually_exclusive_group()
-    cache.add_argument("--cache", metavar="PATH", help="cache file, .json or .pkl (default: the user's own)")
+    cache.add_argument("--cache", metavar="PATH", help="cache folder, .json or .pkl file (default: the user's own)")
     cache.add_argument("--fresh", action="store_true", help="measure and plan anew, and keep nothing")
     demo.add_argument("--json", action="store_true", help="all figures as JSON; progress goes to stderr")
 
@@ -85,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = _command(commands, "doctor", "show what this machine supports, and why not the rest", _doctor)
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
+
+    cli_cache.add(commands, _command)
     return parser
 
 
@@ -156,7 +161,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """What this machine supports, as plain data: environment, tools, and every candidate x kernel x model dtype."""
+    """What this machine supports, as plain data: environment, tools, and every candidate x kernel x model dtype.
+
+    And what any GPU would: every CUDA kernel x architecture.
+    """
     import torch
 
     import autoplan
@@ -172,6 +180,7 @@ def examine() -> dict[str, Any]:
         "cache": {"path": str(cache.path), "records": len(cache)},
         "typical_layer": [_TYPICAL, _TYPICAL],
         "devices": [],
+        "cuda_kernels": _cuda_kernels(),
     }
     for device_type in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         environment = fingerprint.environment(device_type, kernels_digest)
@@ -219,13 +228,48 @@ def _candidates(device_type: str, environment: dict[str, Any]) -> list[dict[str,
 
 def _rejects(candidate: Candidate, kernel: Kernel, device: Device, dtype: str, **size: int) -> str | None:
     """Why a 4096x4096 layer (or one of another `size`) of a model in `dtype` cannot run on this kernel, or None."""
-    import torch
-
-    from autoplan.kernels import LinearSpec
-
     profile = _profile(dtype, device.type, **size)
-    spec = LinearSpec(profile.in_features, profile.out_features, getattr(torch, dtype), candidate.group_size)
-    return candidate.rejects(profile, device) or kernel.rejects(spec)
+    return candidate.rejects(profile, device) or kernel.rejects(candidate.spec(profile, dtype, device))
+
+
+def _cuda_kernels() -> list[dict[str, Any]]:
+    """Which GPU architectures each CUDA kernel supports for a 4096x4096 layer in bfloat16, and why not the others.
+
+    By what kernels and candidates say of themselves: no GPU is asked, so a machine may still lack what a kernel needs.
+    """
+    from autoplan.candidates import registered
+    from autoplan.kernels import find_kernel
+    from autoplan.records import Device
+
+    served: dict[str, list[Candidate]] = {}
+    for candidate in registered():
+        for name in candidate.kernels:
+            if "cuda" in find_kernel(name).devices:
+                served.setdefault(name, []).append(candidate)
+    profile = _profile("bfloat16", "cuda")
+    rows = []
+    for name, candidates in served.items():
+        supported, reasons = {}, {}
+        for capability in _ARCHITECTURES:
+            architecture = "sm_{}{}".format(*capability)
+            device = Device("cuda", architecture, capability)
+            found = [
+                candidate.rejects(profile, device)
+                or find_kernel(name).supports(candidate.spec(profile, "bfloat16", device))
+                for candidate in candidates
+            ]
+            supported[architecture] = not all(found)
+            if all(found):
+                reasons[architecture] = found[0]
+        rows.append(
+            {
+                "kernel": name,
+                "candidates": [candidate.name for candidate in candidates],
+                "supported": supported,
+                "reasons": reasons,
+            }
+        )
+    return rows
 
 
 def _profile(dtype: str, device: str, in_features: int = _TYPICAL, out_features: int = _TYPICAL) -> LayerProfile:
@@ -279,7 +323,24 @@ def _doctor_text(found: dict[str, Any]) -> str:
         lines += ["Candidates:", *(f"  {name:<16}  {recipe}" for name, recipe in recipes.items()), ""]
         if reasons:
             lines += ["Why not:", *reasons, ""]
+    lines += _cuda_kernels_text(found["cuda_kernels"], size)
     return "\n".join(line.rstrip() for line in "\n".join(lines).rstrip().splitlines())
+
+
+def _cuda_kernels_text(kernels: list[dict[str, Any]], size: str) -> list[str]:
+    from tabulate import tabulate
+
+    rows, reasons = [], []
+    for row in kernels:
+        marks = ["yes" if supported else "no" for supported in row["supported"].values()]
+        rows.append([row["kernel"], *marks, ", ".join(row["candidates"])])
+        for reason in dict.fromkeys(row["reasons"].values()):
+            where = [architecture for architecture, own in row["reasons"].items() if own == reason]
+            reasons.append(f"  {row['kernel']} ({', '.join(where)}): {reason}")
+    headers = ["kernel", *kernels[0]["supported"], "candidates"]
+    lines = [f"CUDA kernels by architecture, for a {size} layer in bfloat16 (whatever GPU is here):", ""]
+    lines += [tabulate(rows, headers, disable_numparse=True), ""]
+    return [*lines, "Why not:", *reasons, ""] if reasons else lines
 
 
 def _words(value: object) -> str:

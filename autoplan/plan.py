@@ -15,8 +15,10 @@ from autoplan.records import FrontierPoint, LayerPlan, LeftAlone, Outcome
 from autoplan.selection import FLOAT_BYTES, Budget, choose, float_bytes
 
 SCHEMA = 1
+MIGRATIONS: dict[int, codec.Migration] = {}  # files of every schema from 1 on stay readable
 
-_PROGRAM = re.compile(r"[1-9]\d{0,8}:[\w.]+(,[1-9]\d{0,8}:[\w.]+)*")
+_KERNEL = r"[1-9]\d{0,8}:[\w.]+(@[\w.]+)?"
+_PROGRAM = re.compile(rf"{_KERNEL}(,{_KERNEL})*")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Plan:
     left_alone: tuple[LeftAlone, ...]
     budget: Budget
     workloads: dict[str, float]
-    mode: str  # "eager" or "compiled": what the times are for
+    mode: str  # what the times are for: EAGER, COMPILED or WITHOUT_GRAPHS, of records
     fingerprints: dict[str, Any]  # environment, model, data, options
     frontier: tuple[FrontierPoint, ...]
     gap: float  # certified, relative: no plan is faster by more than this under the predictions
@@ -97,8 +99,10 @@ class Plan:
     @classmethod
     def from_dict(cls, data: Any) -> Plan:
         """The inverse of `to_dict`, checking every field. Raises CacheError naming the field that is wrong."""
-        if isinstance(data, dict) and isinstance(data.get("schema"), int) and data["schema"] > SCHEMA:
-            raise CacheError(f"this plan was written by a newer autoplan (schema {data['schema']} > {SCHEMA}): upgrade")
+        if isinstance(data, dict) and "digest" in data:
+            data = codec.unsealed(codec.plain(data))
+        if isinstance(data, dict) and type(data.get("schema")) is int:
+            data = codec.migrated(data, SCHEMA, MIGRATIONS)
         plan: Plan = from_plain(cls, data, "plan")
         _check_fingerprints(plan.fingerprints)
         for layer in plan.layers:
@@ -113,12 +117,18 @@ class Plan:
         return plan
 
     def save(self, path: str | Path) -> None:
-        """Write to `.json` (readable) or `.pkl` (pickle of builtins). Raises CacheError for any other suffix."""
-        codec.write(path, self.to_dict())
+        """Write to a path or URL ending in `.json` (readable) or `.pkl` (pickle of builtins). Raises CacheError.
+
+        The file is `to_dict()` and a digest of it, so that no changed letter goes unseen.
+        """
+        codec.write(path, codec.sealed(self.to_dict()))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read what `save` wrote. Raises CacheError when the file is missing, damaged, hostile or of a newer schema."""
+        """Read what `save` wrote, from a path or URL.
+
+        Raises CacheError when it is missing, damaged, hostile or of a newer schema.
+        """
         return cls.from_dict(codec.read(path))
 
 

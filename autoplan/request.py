@@ -26,6 +26,8 @@ from autoplan.selection import Budget
 Evaluate = Callable[[nn.Module], float] | tuple[Callable[[nn.Module], float], float]
 Patterns = str | Sequence[str]
 
+DEVICES = ("cpu", "cuda")  # where layers are planned
+
 _logger = logging.getLogger("autoplan")
 
 
@@ -106,9 +108,9 @@ class Request:
             own = {profile.name, *profile.aliases}
             if own & excluded:
                 left_alone.append(LeftAlone(profile.name, "excluded by the caller"))
-            elif profile.device != "cpu":
+            elif profile.device not in DEVICES:
                 left_alone.append(
-                    LeftAlone(profile.name, f"it is on {profile.device}; so far only CPU layers are planned")
+                    LeftAlone(profile.name, f"it is on {profile.device}; layers on {' and '.join(DEVICES)} are planned")
                 )
             elif not own & included:
                 left_alone.append(LeftAlone(profile.name, "not among the layers that the caller included"))
@@ -125,8 +127,9 @@ class Request:
             for profile in profiles:
                 if profile.name not in matched:
                     continue
-                usable, reasons = by_name[name].usable_kernels(profile)
-                reason = by_name[name].rejects(profile, device_of(profile))
+                device = device_of(profile)
+                usable, reasons = by_name[name].usable_kernels(profile, device)
+                reason = by_name[name].rejects(profile, device)
                 if reason or not usable:
                     reason = reason or "; ".join(reasons.values()) or f"it has no kernel for {profile.device}"
                     raise CandidateError(f"pin: layer {profile.name!r} cannot use {name}: {reason}")

@@ -13,17 +13,16 @@ import math
 import os
 import pickle
 import pickletools
-import stat
 import sys
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from json.encoder import encode_basestring_ascii
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
+from autoplan.cache.files import Place, place
 from autoplan.errors import CacheError
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
+Migration: TypeAlias = "Callable[[dict[str, Plain]], dict[str, Plain]]"
 
 MAX_BYTES = 32 << 20  # of a file
 MAX_MEMORY = 192 << 20  # that a file may claim once read; estimated from above, before anything is built
@@ -47,13 +46,66 @@ def plain(data: object) -> Plain:
 
 def digest(data: object) -> str:
     """The sha256 of plain data, as hex; the order of dict keys does not count."""
-    return hashlib.sha256(json.dumps(plain(data), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return digest_of_plain(plain(data))
+
+
+def digest_of_plain(data: Plain | dict[str, Any]) -> str:
+    """The same for what is known to be plain data: what was read from a file, or copied by `plain`."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sealed(data: dict[str, Any]) -> dict[str, Any]:
+    """`data` and its digest: a change of any letter shows when it is unsealed."""
+    return {**data, "digest": digest(data)}
+
+
+def unsealed(data: Any) -> dict[str, Any]:
+    """A plain dict without the digest that it was sealed with. What was never sealed (by hand) is taken as it is.
+
+    Raises:
+        CacheError: the digest is not that of the data.
+    """
+    content = {name: value for name, value in data.items() if name != "digest"}
+    if "digest" in data and data["digest"] != digest_of_plain(content):
+        raise CacheError('its content is not what was written: "digest" differs (delete that line after editing)')
+    return content
+
+
+class ForeignError(CacheError):
+    """A file that is whole, but that this version must neither read nor replace."""
+
+
+def migrated(data: dict[str, Plain], newest: int, migrations: Mapping[int, Migration]) -> dict[str, Plain]:
+    """Data of any schema since the first as data of the `newest`; `migrations[n]` makes n into n + 1.
+
+    Raises:
+        ForeignError: it was written by a newer autoplan.
+        CacheError: it is not of the schema that it says.
+    """
+    schema = data.get("schema")
+    if type(schema) is not int or schema < 1:
+        raise CacheError(f"schema {schema!r} is not a version")
+    if schema > newest:
+        raise ForeignError(f"written by a newer autoplan (schema {schema} > {newest}): upgrade")
+    for older in range(schema, newest):
+        try:
+            data = {**migrations[older](data), "schema": older + 1}
+        except Exception as error:  # a migration expects the data of its schema, and this may be anything
+            raise CacheError(f"not of schema {older}: {error!r}") from error
+    return data
 
 
 def dumps_json(data: object) -> bytes:
     """Plain data as JSON (RFC 8259), ASCII only; what fits on one line stays on one."""
     encoded = (_lines(plain(data), "") + "\n").encode()
     _check_json_size(encoded)  # what is written can be read again
+    return encoded
+
+
+def dumps_line(data: Plain) -> bytes:
+    """Data that is known to be plain, as JSON on one line: several times as quick."""
+    encoded = (json.dumps(data, allow_nan=False) + "\n").encode()
+    _check_json_size(encoded)
     return encoded
 
 
@@ -94,53 +146,34 @@ def loads_pickle(data: bytes) -> Plain:
     return plain(found)
 
 
-def write(path: str | os.PathLike[str], data: object) -> None:
-    """Write plain data to `path`, as its suffix says; whatever goes wrong, a file that is there stays whole.
+def write(path: str | os.PathLike[str] | Place, data: object) -> None:
+    """Write plain data to a path or URL, as its suffix says; whatever goes wrong, a file that is there stays whole.
 
     Raises:
         CacheError: the suffix is unknown, `data` is not plain, or the file cannot be written.
     """
-    target = Path(os.path.realpath(path))  # a link stays a link
-    encoded = _format(Path(path)).dumps(data)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    target = place(path)
+    encoded = _format(target).dumps(data)
     try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(encoded)
-                file.flush()
-                os.fsync(file.fileno())
-            if target.exists():
-                temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        target.write(encoded)
     except OSError as error:
         raise CacheError(f"cannot write {target}: {error}") from error
 
 
-def read(path: str | os.PathLike[str]) -> Plain:
-    """The plain data in the file `path`, read as its suffix says.
+def read(path: str | os.PathLike[str] | Place) -> Plain:
+    """The plain data in the file at a path or URL, read as its suffix says.
 
     Raises:
         CacheError: the suffix is unknown, or the file cannot be read (then the cause is an OSError) or trusted.
     """
-    path = Path(path)
-    loads = _format(path).loads
+    source = place(path)
+    loads = _format(source).loads
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would hang
-            raise OSError("not a file")
-        _check_bytes(status.st_size)
-        data = path.read_bytes()
+        return loads(source.read(MAX_BYTES))
     except OSError as error:
-        raise CacheError(f"cannot read {path}: {error}") from error
+        raise CacheError(f"cannot read {source}: {error}") from error
     except CacheError as error:
-        raise CacheError(f"cannot read {path}: {error}") from None
-    try:
-        return loads(data)
-    except CacheError as error:
-        raise CacheError(f"cannot read {path}: {error}") from error.__cause__
+        raise CacheError(f"cannot read {source}: {error}") from error.__cause__
 
 
 class _Format(NamedTuple):
@@ -149,17 +182,13 @@ class _Format(NamedTuple):
 
 
 _FORMATS = {".json": _Format(dumps_json, loads_json), ".pkl": _Format(dumps_pickle, loads_pickle)}
+SUFFIXES = tuple(_FORMATS)
 
 
-def _format(path: Path) -> _Format:
-    if path.suffix not in _FORMATS:
-        raise CacheError(f"the suffix of {str(path)!r} says no format that is known: use .json or .pkl")
-    return _FORMATS[path.suffix]
-
-
-def check_suffix(path: str | os.PathLike[str]) -> None:
-    """Raise a CacheError unless the suffix of `path` is one that `read` and `write` know."""
-    _format(Path(path))
+def _format(place: Place) -> _Format:
+    if place.suffix not in _FORMATS:
+        raise CacheError(f"the suffix of {str(place)!r} says no format that is known: use .json or .pkl")
+    return _FORMATS[place.suffix]
 
 
 class _NotPlainError(Exception):
@@ -186,26 +215,30 @@ def _plain(data: object, depth: int) -> Plain:
         return data
     if depth == 0:
         raise _NotPlainError(f"is nested deeper than {MAX_DEPTH}")
-    step = ""
-    try:
-        if type(data) is dict:
-            entries: dict[str, Plain] = {}
+    if type(data) is dict:
+        entries: dict[str, Plain] = {}
+        key: object = None
+        try:
             for key, value in data.items():
-                step = f".{key}"
                 if type(key) is not str:
                     raise _NotPlainError(f"has a key that is a {_type_name(key)}, not a str")
-                _plain(key, depth)
-                entries[key] = _plain(value, depth - 1)
-            return entries
-        if type(data) is list or type(data) is tuple:
-            items: list[Plain] = []
+                if not key.isascii():
+                    _plain(key, depth)
+                ascii = type(value) is str and value.isascii()  # most are: without a call of this function
+                entries[key] = value if ascii else _plain(value, depth - 1)
+        except _NotPlainError as error:
+            error.path.append(f".{key}")
+            raise
+        return entries
+    if type(data) is list or type(data) is tuple:
+        items: list[Plain] = []
+        try:
             for value in data:
-                step = f"[{len(items)}]"
-                items.append(_plain(value, depth - 1))
-            return items
-    except _NotPlainError as error:
-        error.path.append(step)
-        raise
+                items.append(value if type(value) is str and value.isascii() else _plain(value, depth - 1))
+        except _NotPlainError as error:
+            error.path.append(f"[{len(items)}]")
+            raise
+        return items
     raise _NotPlainError(f"is a {_type_name(data)}; only dict, list, str, int, float, bool and None are kept")
 
 
@@ -217,21 +250,32 @@ def _type_name(data: object) -> str:
 # -- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def _lines(data: Plain, indent: str, before: int = 0) -> str:
+_LEAF_ENCODERS: dict[type, Callable[[Any], str]] = {  # as json.dumps would, without setting up an encoder for each
+    str: encode_basestring_ascii,
+    int: int.__repr__,
+    float: float.__repr__,
+    bool: lambda flag: "true" if flag else "false",
+    type(None): lambda _: "null",
+}
+
+
+def _lines(data: Any, indent: str, before: int = 0) -> str:
     """JSON for a place that is `indent` deep, after `before` letters of a key."""
+    if encode := _LEAF_ENCODERS.get(type(data)):
+        return encode(data)
     inner = indent + "  "
+    parts = []
     if isinstance(data, dict):
-        names = [encode_basestring_ascii(key) + ": " for key in data]
-        parts = [name + _lines(value, inner, len(name)) for name, value in zip(names, data.values(), strict=True)]
-        opening, closing = "{", "}"
-    elif isinstance(data, list):
+        opening, closing = "{}"
+        for key, value in data.items():
+            name = encode_basestring_ascii(key) + ": "
+            encode = _LEAF_ENCODERS.get(type(value))  # most are leaves: without a call of this function
+            parts.append(name + (encode(value) if encode else _lines(value, inner, len(name))))
+    else:
+        opening, closing = "[]"
         parts = [_lines(value, inner) for value in data]
-        opening, closing = "[", "]"
-    else:  # as json.dumps would, without setting up an encoder for each
-        if isinstance(data, str):
-            return encode_basestring_ascii(data)
-        return json.dumps(data) if data is None or isinstance(data, bool) else repr(data)
-    if len(indent) + before + sum(map(len, parts)) + 2 * len(parts) < _LINE and not any("\n" in part for part in parts):
+    length = len(indent) + before + sum(map(len, parts)) + 2 * len(parts)
+    if length < _LINE and not any("\n" in part for part in parts):
         return opening + ", ".join(parts) + closing
     return f"{opening}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{closing}"
 

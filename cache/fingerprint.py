@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,6 +134,7 @@ def _cpu() -> dict[str, Plain]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "features": [*(name for name in _X86 + _AMX + _ARM if name in flags)],
         "threads": torch.get_num_threads(),
+        "float32_matmul": _precision(torch.backends.mkldnn.matmul),  # type: ignore[attr-defined]
         "physical_cores": len(cores) or logical,
         "logical_cores": logical,
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical,
@@ -149,7 +151,13 @@ def _cuda() -> dict[str, Plain]:
         "memory_mib": properties.total_memory >> 20,
         "driver": _nvidia_driver(),
         "cuda": torch.version.cuda,
+        "float32_matmul": _precision(torch.backends.cuda.matmul),
     }
+
+
+def _precision(matmul: Any) -> str:
+    """How a user lets float32 products be computed: "ieee", or faster as "tf32" or "bf16"."""
+    return "ieee" if matmul.fp32_precision == "none" else str(matmul.fp32_precision)
 
 
 def _nvidia_driver() -> str | None:

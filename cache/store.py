@@ -1,81 +1,100 @@
-"""PlanCache: what has been measured and planned before, in memory or in one file that many processes share.
+"""PlanCache: what has been measured and planned before, in memory, in a folder, in one file, or at a URL.
 
-The file, schema 1 (`.json`, or `.pkl` with the same content):
+A file, schema 1 (`.json`, or `.pkl` with the same content):
 
     {"format": "autoplan cache", "schema": 1,
      "records": {"timings": {key: record}, "sensitivities": {key: record}, "plans": {key: record}}}
 
-A record is `{"fingerprint": {...}, "value": {...}}`: all that the value depends on, readable, beside the value. Its key
-is the digest of its fingerprint, so that nothing is ever found under a key that it does not belong to.
+A record is `{"fingerprint": {...}, "value": {...}, "stored": "2026-01-31T12:00:00+00:00", "digest": "..."}`: all that
+the value depends on, readable, beside the value; when it was put; and a digest of these, so that no changed letter goes
+unseen. Its key is the digest of its fingerprint, so that nothing is ever found under a key that it does not belong to.
+
+A folder holds one such file per record, `<folder>/<kind>/<key>.json`, on one line. So opening it reads nothing, finding
+a record reads one small file, and a write touches no record but its own: that is what many processes can share, and
+what an object store can hold, where nothing can be locked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
-import filelock
 import platformdirs
 
-from autoplan.cache import codec
+from autoplan.cache import codec, files
 from autoplan.cache.codec import Plain
 from autoplan.errors import CacheError
 
 Kind = Literal["timings", "sensitivities", "plans"]
-Record: TypeAlias = dict[str, Any]  # {"fingerprint": {...}, "value": {...}}
-_Records: TypeAlias = dict[str, dict[str, Plain]]  # kind -> key -> record
+Record: TypeAlias = dict[str, Any]  # {"fingerprint": {...}, "value": {...}}; in files also "stored" and "digest"
+_Records: TypeAlias = dict[str, dict[str, Any]]  # kind -> key -> record as in the file
+Location: TypeAlias = "str | os.PathLike[str]"
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 FORMAT = "autoplan cache"
 SCHEMA = 1
-# What makes data of schema n into schema n + 1. Files of every schema from 1 on stay readable.
-MIGRATIONS: dict[int, Callable[[dict[str, Plain]], dict[str, Plain]]] = {}
+MIGRATIONS: dict[int, codec.Migration] = {}  # files of every schema from 1 on stay readable
 
-_LOCK_SECONDS = 60.0
+_FIELDS = {"fingerprint", "value", "stored", "digest"}
+_KEY = re.compile(r"[0-9a-f]{64}")
 _logger = logging.getLogger(__name__)
 
 
-class PlanCache:
-    """Timings, sensitivities and plans by key: in memory, or kept in the file at `path` (`.json` or `.pkl`).
+class Entry(NamedTuple):
+    """A record as `list` and `prune` see it."""
 
-    With a path, what is put is merged into the file at once, under a lock, and the file is replaced whole. A file that
-    cannot be trusted is set aside as `<name>.unreadable-<n>`; where the file cannot be read or written at all (no
-    permission, disk full, made by a newer autoplan) it is left as it is and the cache works in memory. Either is one
-    logged warning: a file never makes planning fail. A pickled cache arrives as a cache in memory.
+    kind: Kind
+    key: str
+    stored: datetime | None  # when it was put; None where the record does not say
+    nbytes: int  # as a file in a folder
+
+
+class PlanCache:
+    """Timings, sensitivities and plans by key: in memory, or kept at `path`.
+
+    `path` is a folder (best: any number of processes write to it at once, and none rewrites what another wrote), one
+    file (`.json` or `.pkl`, rewritten under a lock at every put), or an fsspec URL of either (`s3://bucket/plans/`; a
+    URL has no lock, so let several processes write to a folder only).
+
+    `site` is a cache that is looked into first and never written, such as one that a fleet shares. With `read_only`,
+    what is put stays in memory.
+
+    What cannot be trusted is set aside as `<name>.unreadable-<n>` (at a URL it is left alone); what cannot be read or
+    written at all (no permission, disk full, made by a newer autoplan) is left as it is, and the cache works in memory.
+    Either is one logged warning: no file makes planning fail. A pickled cache arrives as a cache in memory.
 
     Raises:
-        CacheError: the suffix of `path` is neither .json nor .pkl.
+        CacheError: `path` is no such place, or what its URL needs is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.path = None if path is None else Path(path)
-        self._records: _Records = _empty()
-        self._unsaved: _Records = _empty()
-        self._keeps_off = False  # whether the file is one that we must not touch
+    def __init__(
+        self, path: Location | None = None, *, site: PlanCache | Location | None = None, read_only: bool = False
+    ) -> None:
+        self.path = None if path is None else path if "://" in os.fspath(path) else Path(path)
+        self.read_only = read_only
+        self.site = PlanCache(site, read_only=True) if isinstance(site, str | os.PathLike) else site
+        self._store = None if path is None else _open(path, read_only)
+        self._records = _empty()  # what no file holds: everything without a path, else what could not be written
         self._lock = threading.RLock()
-        if self.path is not None:
-            codec.check_suffix(self.path)
-            self._records = self._read()
 
     @classmethod
-    def default(cls) -> PlanCache:
-        """The user's own cache: the file that AUTOPLAN_CACHE names, else `autoplan/cache.json` in the cache folder."""
-        named = os.environ.get("AUTOPLAN_CACHE")
-        return cls(named or platformdirs.user_cache_path("autoplan", appauthor=False) / "cache.json")
+    def default(cls, *, site: PlanCache | Location | None = None) -> PlanCache:
+        """The user's own cache: what AUTOPLAN_CACHE names, else the folder `autoplan` in the user's cache folder."""
+        return cls(default_path(), site=site)
 
     def get(self, kind: Kind, key: str) -> Record | None:
         """A copy of the record, or None where there is none that is whole."""
         _check_kind(kind)
-        with self._lock:
-            record = self._records[kind].get(key)
-        if record is None or _problem(key, record):
-            return None
-        return cast(Record, codec.plain(record))
+        record = self._find(kind, key)
+        return None if record is None else cast(Record, codec.plain(_content(record)))
 
     def put(self, kind: Kind, key: str, record: Mapping[str, object]) -> None:
         """Keep a record (see `entry`); one that is there under the same key is replaced.
@@ -87,54 +106,97 @@ class PlanCache:
         self.put_many(kind, {key: record})
 
     def put_many(self, kind: Kind, records: Mapping[str, Mapping[str, object]]) -> None:
-        """Keep several records with one write of the file: all of them, or none and a CacheError as for `put`."""
+        """Keep several records under one lock: all of them, or none and a CacheError as for `put`."""
         _check_kind(kind)
-        checked = _empty()
+        checked, now = _empty(), datetime.now(timezone.utc).isoformat(timespec="seconds")
         for key, record in records.items():
-            copy = codec.plain(dict(record))
+            copy: Any = codec.plain(dict(record))
             problem = _problem(key, copy)
             if problem:
                 raise CacheError(f"cannot keep this in {kind} under {key!r}: {problem}")
-            checked[kind][key] = copy
+            checked[kind][key] = codec.sealed({**_content(copy), "stored": now})
         self._add(checked)
 
     def merge(self, other: PlanCache) -> None:
-        """Keep all whole records of `other` too, with one write; under a key that both hold, the record of `other`."""
-        records = _from_data(other.to_dict())
-        self._add(
-            {
-                kind: {key: record for key, record in found.items() if not _problem(key, record)}
-                for kind, found in records.items()
-            }
-        )
+        """Keep all whole records of `other` too; under a key that both hold, the record of `other`."""
+        self._add(other._whole())
+
+    def discard(self, kind: Kind, keys: Collection[str]) -> None:
+        """Forget own records under these keys, if there are any.
+
+        Raises:
+            CacheError: the cache is read-only, or cannot be written.
+        """
+        _check_kind(kind)
+        with self._writing():
+            self._discard(kind, keys)
+
+    def prune(self, *, older_than: timedelta | None = None, max_bytes: int | None = None) -> list[Entry]:
+        """Forget own records put longer ago than `older_than`, then the oldest until the rest fit; returns what went.
+
+        Records that do not say when they were put count as oldest.
+
+        Raises:
+            CacheError: the cache is read-only, or cannot be written.
+        """
+        with self._writing():
+            oldest = datetime.min.replace(tzinfo=timezone.utc)
+            found = sorted(self._entries(), key=lambda entry: (entry.stored or oldest, entry.kind, entry.key))
+            size, gone = sum(entry.nbytes for entry in found), []
+            now = datetime.now(timezone.utc)
+            for entry in found:
+                too_old = older_than is not None and (entry.stored is None or now - entry.stored > older_than)
+                if too_old or (max_bytes is not None and size > max_bytes):
+                    gone.append(entry)
+                    size -= entry.nbytes
+            for kind in KINDS:
+                self._discard(kind, [entry.key for entry in gone if entry.kind == kind])
+            if isinstance(self._store, _Folder):
+                self._store.sweep()
+        return gone
+
+    def entries(self) -> list[Entry]:
+        """All whole own records, without their content."""
+        with self._lock:
+            return self._entries()
+
+    def problems(self) -> dict[str, str]:
+        """What of the own records and files cannot be used, and why: {where: reason}. Reads every record."""
+        with self._lock:
+            return _problems(self._records) | (self._store.problems() if self._store else {})
+
+    @property
+    def unsaved(self) -> int:
+        """How many records no file holds: all without a path, else those that could not be written."""
+        return sum(map(len, self._records.values()))
 
     def keys(self, kind: Kind) -> list[str]:
         """The keys of one kind, in order."""
         _check_kind(kind)
         with self._lock:
-            return sorted(self._records[kind])
+            return sorted({*self._own_keys(kind), *(self.site.keys(kind) if self.site else ())})
 
     def __iter__(self) -> Iterator[tuple[Kind, str]]:
         return iter([(kind, key) for kind in KINDS for key in self.keys(kind)])
 
     def __len__(self) -> int:
-        return sum(len(records) for records in self._records.values())
+        return sum(len(self.keys(kind)) for kind in KINDS)
 
     def __bool__(self) -> bool:
         return True  # an empty cache is still a cache: `if cache:` asks whether there is one
 
     def __eq__(self, other: object) -> bool:
-        """Whether both hold the same records, wherever they keep them."""
-        return self._records == other._records if isinstance(other, PlanCache) else NotImplemented
+        """Whether both hold the same records, wherever they keep them and whenever they were put."""
+        return self._contents() == other._contents() if isinstance(other, PlanCache) else NotImplemented
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{len(self._records[kind])} {kind}" for kind in KINDS)
-        return f"PlanCache({counts}, {'in memory' if self.path is None else self.path})"
+        counts = ", ".join(f"{len(self.keys(kind))} {kind}" for kind in KINDS)
+        where = "in memory" if self.path is None else f"{self.path}{', read-only' if self.read_only else ''}"
+        return f"PlanCache({counts}, {where}{f', site {self.site!r}' if self.site else ''})"
 
     def to_dict(self) -> dict[str, Plain]:
-        """All of it as plain data, in the form of the file."""
-        with self._lock:
-            return cast("dict[str, Plain]", codec.plain(_to_data(self._records)))
+        """All whole records, those of the site cache too, as plain data in the form of the file."""
+        return cast("dict[str, Plain]", codec.plain(_to_data(self._whole())))
 
     @classmethod
     def from_dict(cls, data: object) -> PlanCache:
@@ -147,8 +209,8 @@ class PlanCache:
         cache._records = _from_data(codec.plain(data))
         return cache
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all records to `path` (`.json` or `.pkl`), in place of what is there.
+    def save(self, path: Location) -> None:
+        """Write all records to one file, a path or URL ending in `.json` or `.pkl`, in place of what is there.
 
         Raises:
             CacheError: the suffix is unknown or the file cannot be written.
@@ -156,8 +218,8 @@ class PlanCache:
         codec.write(path, self.to_dict())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PlanCache:
-        """A cache in memory with the records of the file; `PlanCache(path)` is one that keeps to the file.
+    def load(cls, path: Location) -> PlanCache:
+        """A cache in memory with the records of one file; `PlanCache(path)` is one that keeps to its place.
 
         Raises:
             CacheError: the file cannot be read or trusted, or was written by a newer autoplan.
@@ -175,59 +237,240 @@ class PlanCache:
         # In memory: the path may mean nothing where this arrives.
         self.__dict__.update(PlanCache.from_dict(state).__dict__)
 
-    # -- the file ----------------------------------------------------------------------------------------------------
+    # -- inside: records as they are in files ------------------------------------------------------------------------
+
+    def _find(self, kind: Kind, key: str) -> Record | None:
+        if self.site is not None and (found := self.site._find(kind, key)) is not None:
+            return found
+        with self._lock:
+            return self._find_own(kind, key)
+
+    def _find_own(self, kind: Kind, key: str) -> Record | None:
+        record = self._records[kind].get(key)
+        if record is None and self._store is not None:
+            return self._store.get(kind, key)
+        return None if _problem(key, record) else cast(Record, record)
+
+    def _own_keys(self, kind: Kind) -> set[str]:
+        return {*self._records[kind], *(self._store.keys(kind) if self._store else ())}
+
+    def _whole(self) -> _Records:
+        found = {kind: {key: self._find(kind, key) for key in self.keys(kind)} for kind in KINDS}
+        return {kind: {key: record for key, record in own.items() if record is not None} for kind, own in found.items()}
+
+    def _contents(self) -> dict[tuple[str, str], Record]:
+        return {(kind, key): _content(record) for kind, own in self._whole().items() for key, record in own.items()}
+
+    def _entries(self) -> list[Entry]:
+        found = ((kind, key, self._find_own(kind, key)) for kind in KINDS for key in sorted(self._own_keys(kind)))
+        return [_entry(kind, key, record) for kind, key, record in found if record is not None]
 
     def _add(self, records: _Records) -> None:
         with self._lock:
             _update(self._records, records)
-            if self.path is not None:
-                _update(self._unsaved, records)  # stays there until a write succeeds
-                self._write()
+            if self._store is None or self.read_only:
+                return
+            try:
+                self._records = self._store.put(self._records)
+            except (OSError, CacheError) as error:  # they stay in memory, and go with the next write that succeeds
+                _warn_once(f"the plan cache {self.path} was not written, its new records are in memory only: {error}")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        if self.read_only:
+            raise CacheError(f"the plan cache {self.path} was opened to be read only")
+        try:
+            with self._lock, self._store.locked() if self._store else contextlib.nullcontext():
+                yield
+        except OSError as error:
+            raise CacheError(f"cannot write {self.path}: {error}") from error
+
+    def _discard(self, kind: Kind, keys: Collection[str]) -> None:
+        for key in keys:
+            self._records[kind].pop(key, None)
+        if self._store and keys:
+            self._store.remove(kind, keys)
+
+
+class _File:
+    """All records in one file, held in memory and merged into the file under its lock."""
+
+    def __init__(self, place: files.Place, read_only: bool) -> None:
+        self._place, self._read_only = place, read_only
+        self._lock = place.lock()
+        self._keeps_off = ""  # why the file is one that we must not touch
+        self._records = self._read()
+
+    def keys(self, kind: Kind) -> Collection[str]:
+        return self._records[kind].keys()
+
+    def get(self, kind: Kind, key: str) -> Record | None:
+        record = self._records[kind].get(key)
+        return None if _problem(key, record) else cast(Record, record)
+
+    def put(self, records: _Records) -> _Records:
+        """Merge these into the file; returns those that it cannot hold."""
+        if self._keeps_off:
+            return records
+        with self.locked():
+            _update(self._records, records)
+            self._write()
+        return _empty()
+
+    def remove(self, kind: Kind, keys: Collection[str]) -> None:
+        with self.locked():
+            for key in keys:
+                self._records[kind].pop(key, None)
+            self._write()
+
+    def problems(self) -> dict[str, str]:
+        if self._keeps_off:
+            return {str(self._place): self._keeps_off}
+        return _problems(self._records)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the file's lock, with its newest records in memory. Raises CacheError for a file that is left alone."""
+        self._place.parent.make_folder()
+        with self._lock:
+            self._records = self._read(locked=True)
+            if self._keeps_off:
+                raise CacheError(f"{self._place} is left alone: {self._keeps_off}")
+            yield
 
     def _write(self) -> None:
-        if self.path is None or self._keeps_off:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._file_lock():
-                stored = self._read(locked=True)
-                if self._keeps_off:
-                    return
-                _update(stored, self._unsaved)
-                codec.write(self.path, _to_data(stored))
-        except (OSError, CacheError) as error:
-            _warn_once(f"the plan cache {self.path} was not written, its new records are in memory only: {error}")
-            return
-        _update(self._records, stored)
-        self._unsaved = _empty()
+        codec.write(self._place, _to_data(self._records))
 
     def _read(self, locked: bool = False) -> _Records:
         """What the file holds. One that cannot be trusted is set aside, one that is not ours to judge is left alone."""
-        path = cast(Path, self.path)
         try:
-            return _from_data(codec.read(path))
+            return _from_data(codec.read(self._place))
         except CacheError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return _empty()
             problem = str(error)
-            if not isinstance(error.__cause__, OSError) and not isinstance(error, _ForeignError):
+            if _is_untrusted(error) and not self._read_only and not self._place.is_shared:
                 try:
                     if locked:
-                        aside = _set_aside(path)
+                        aside = self._place.set_aside()
                         _warn_once(
-                            f"the plan cache {path} was set aside as {aside.name} and a new one begun: {problem}"
+                            f"the plan cache {self._place} was set aside as {aside} and a new one begun: {problem}"
                         )
                         return _empty()
-                    with self._file_lock():
+                    with self._lock:
                         return self._read(locked=True)  # another process may have put it right by now
                 except OSError as refusal:
                     problem = f"{problem}; it could not be set aside either: {refusal}"
-            self._keeps_off = True
-            _warn_once(f"the plan cache {path} is left alone, this run works in memory: {problem}")
+            self._keeps_off = problem
+            _warn_once(f"the plan cache {self._place} is left alone, this run works in memory: {problem}")
             return _empty()
 
-    def _file_lock(self) -> filelock.BaseFileLock:
-        return filelock.FileLock(f"{self.path}.lock", timeout=_LOCK_SECONDS)
+
+class _Folder:
+    """One file per record. Reading takes no lock: files are replaced whole."""
+
+    def __init__(self, place: files.Place, read_only: bool) -> None:
+        self._place, self._read_only = place, read_only
+        self._lock = (place / "cache").lock()
+        self._listed: dict[str, set[str]] = {}  # of a URL, where asking for what is not there takes a round trip
+
+    def keys(self, kind: Kind) -> Collection[str]:
+        try:
+            names = (self._place / kind).names()
+        except OSError as error:
+            _warn_once(f"the plan cache {self._place} cannot be listed, this run works in memory: {error}")
+            return []
+        return [name[:-5] for name in names if name.endswith(".json") and _KEY.fullmatch(name[:-5])]
+
+    def get(self, kind: Kind, key: str) -> Record | None:
+        if not _KEY.fullmatch(key):
+            return None
+        if self._place.is_shared:
+            if kind not in self._listed:
+                self._listed[kind] = set(self.keys(kind))
+            if key not in self._listed[kind]:
+                return None
+        try:
+            return self._read(kind, key)
+        except codec.ForeignError as error:
+            _warn_once(f"some records in the plan cache {self._place} are not used: {error}")
+            return None
+
+    def put(self, records: _Records) -> _Records:
+        """Write a file for each of these; returns those whose file is not ours to replace."""
+        refused = _empty()
+        with self.locked():
+            for kind in KINDS:
+                if records[kind]:
+                    (self._place / kind).make_folder()
+                for key, record in records[kind].items():
+                    try:
+                        if self._read(kind, key) == record:
+                            continue
+                    except codec.ForeignError:
+                        refused[kind][key] = record
+                        continue
+                    self._file(kind, key).write(_record_file(kind, key, record), durable=False)
+                    self._listed.get(kind, set()).add(key)
+        return refused
+
+    def remove(self, kind: Kind, keys: Collection[str]) -> None:
+        with self.locked():
+            for key in filter(_KEY.fullmatch, keys):
+                self._file(kind, key).remove()
+                self._listed.get(kind, set()).discard(key)
+
+    def problems(self) -> dict[str, str]:
+        found = {}
+        for kind in KINDS:
+            for key in sorted(self.keys(kind)):
+                try:
+                    _record_in(self._file(kind, key), kind, key)
+                except CacheError as error:
+                    found[f"{kind}/{key}"] = str(error)
+        return found
+
+    def sweep(self) -> None:
+        """Remove what killed writers left; call it with the lock held, since files being written look the same."""
+        for kind in KINDS:
+            folder = self._place / kind
+            for name in folder.names():
+                if name.startswith(".") and name.endswith(".tmp"):
+                    (folder / name).remove()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep out other writers: what a reader found bad, or too old, must not be replaced while it is moved away."""
+        self._place.make_folder()
+        with self._lock:
+            yield
+
+    def _file(self, kind: Kind, key: str) -> files.Place:
+        return self._place / kind / f"{key}.json"
+
+    def _read(self, kind: Kind, key: str, locked: bool = False) -> Record | None:
+        """The record; None where there is none to trust. Raises ForeignError for one that is not ours to judge."""
+        file = self._file(kind, key)
+        try:
+            return _record_in(file, kind, key)
+        except codec.ForeignError:
+            raise
+        except CacheError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            problem = str(error)
+            if _is_untrusted(error) and not self._read_only and not self._place.is_shared:
+                try:
+                    if locked:
+                        aside = file.set_aside()
+                        _warn_once(f"the record {file} was set aside as {aside}: {problem}")
+                        return None
+                    with self.locked():
+                        return self._read(kind, key, locked=True)  # another process may have put it right by now
+                except OSError as refusal:
+                    problem = f"{problem}; it could not be set aside either: {refusal}"
+            _warn_once(f"a record in the plan cache {self._place} is not used: {problem}")
+            return None
 
 
 def entry(fingerprint: Mapping[str, object], value: Mapping[str, object]) -> tuple[str, Record]:
@@ -235,8 +478,14 @@ def entry(fingerprint: Mapping[str, object], value: Mapping[str, object]) -> tup
     return codec.digest(dict(fingerprint)), {"fingerprint": dict(fingerprint), "value": dict(value)}
 
 
-def resolve(cache: PlanCache | str | os.PathLike[str] | bool | None) -> PlanCache | None:
-    """The cache that a caller's `cache=` means: one as it is, a path, None for the user's own, False for none.
+def default_path() -> str:
+    """Where the user's own cache is."""
+    folder = platformdirs.user_cache_path("autoplan", appauthor=False)
+    return os.environ.get("AUTOPLAN_CACHE") or f"{folder}{os.sep}"  # a folder, whether it is there or not
+
+
+def resolve(cache: PlanCache | Location | bool | None) -> PlanCache | None:
+    """The cache that a caller's `cache=` means: one as it is, a path or URL, None for the user's own, False for none.
 
     Raises:
         CacheError: it is none of these.
@@ -247,13 +496,27 @@ def resolve(cache: PlanCache | str | os.PathLike[str] | bool | None) -> PlanCach
         return PlanCache.default()
     if cache is False:
         return None
-    if not isinstance(cache, str | os.PathLike) or "://" in os.fspath(cache):
-        raise CacheError(f"cache={cache!r}: use a PlanCache, a path to a .json or .pkl file, None or False")
+    if not isinstance(cache, str | os.PathLike):
+        raise CacheError(
+            f"cache={cache!r}: use a PlanCache, a folder, a .json or .pkl file, a URL of either, None or False"
+        )
     return PlanCache(cache)
 
 
-class _ForeignError(CacheError):
-    """A file that is whole, but that this version must neither read nor replace."""
+def _open(path: Location, read_only: bool) -> _File | _Folder:
+    place = files.place(path)
+    if place.suffix in codec.SUFFIXES and not place.is_folder():
+        return _File(place, read_only)
+    if place.is_shared or not place.suffix or os.fspath(path).endswith(("/", os.sep)) or place.is_folder():
+        return _Folder(place, read_only)
+    raise CacheError(
+        f"{path} is no place for a plan cache: use a .json or .pkl file, or a folder (one yet to be made: ending in /)"
+    )
+
+
+def _is_untrusted(error: CacheError) -> bool:
+    """Whether it is the content that is wrong, rather than that the file cannot be had or is none of ours."""
+    return not isinstance(error.__cause__, OSError) and not isinstance(error, codec.ForeignError)
 
 
 def _empty() -> _Records:
@@ -267,25 +530,15 @@ def _update(records: _Records, added: _Records) -> None:
 
 def _to_data(records: _Records) -> dict[str, Plain]:
     # Sorted, so that two files with the same records are the same bytes and a diff shows what was added.
-    ordered: dict[str, Plain] = {kind: {key: records[kind][key] for key in sorted(records[kind])} for kind in KINDS}
+    ordered: dict[str, Plain] = {kind: dict(sorted(records.get(kind, {}).items())) for kind in KINDS}
     return {"format": FORMAT, "schema": SCHEMA, "records": ordered}
 
 
 def _from_data(data: Plain) -> _Records:
     """The records in the data of a file. Each is judged only when it is asked for: a bad one spoils no other."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise _ForeignError(f"it holds something else than an {FORMAT} (a plan, perhaps?); give another path")
-    schema = data.get("schema")
-    if type(schema) is not int or schema < 1:
-        raise CacheError(f"schema {schema!r} is not a version")
-    if schema > SCHEMA:
-        raise _ForeignError(f"written by a newer autoplan (schema {schema} > {SCHEMA})")
-    for older in range(schema, SCHEMA):
-        try:
-            data = MIGRATIONS[older](data)
-        except Exception as error:  # a migration expects the data of its schema, and this may be anything
-            raise CacheError(f"not of schema {older}: {error!r}") from error
-    kinds = data.get("records")
+        raise codec.ForeignError(f"it holds something else than an {FORMAT} (a plan, perhaps?); give another path")
+    kinds = codec.migrated(data, SCHEMA, MIGRATIONS).get("records")
     if not isinstance(kinds, dict) or set(kinds) != set(KINDS):
         raise CacheError(f"records are not {', '.join(KINDS)}")
     records = _empty()
@@ -296,27 +549,57 @@ def _from_data(data: Plain) -> _Records:
     return records
 
 
-def _problem(key: str, record: Plain) -> str | None:
+def _record_in(file: files.Place, kind: Kind, key: str) -> Record:
+    """The record in the file of a folder. Raises CacheError unless it is whole."""
+    record = _from_data(codec.read(file))[kind].get(key)
+    if problem := _problem(key, record):
+        raise CacheError(f"{file}: {problem}")
+    return cast(Record, record)
+
+
+def _problem(key: str, record: object) -> str | None:
     """Why this is no record to trust under `key`; None if it is."""
-    if not isinstance(record, dict) or not {"fingerprint", "value"} <= set(record):
+    if not isinstance(record, dict) or not {"fingerprint", "value"} <= set(record) <= _FIELDS:
         return "a record is {'fingerprint': {...}, 'value': {...}}"
     fingerprint, value = record["fingerprint"], record["value"]
     if not isinstance(fingerprint, dict) or not isinstance(value, dict):
         return "fingerprint and value are dicts"
-    expected = codec.digest(fingerprint)
-    return None if key == expected else f"the digest of its fingerprint is {expected}"
+    expected = codec.digest_of_plain(fingerprint)
+    if key != expected:
+        return f"the digest of its fingerprint is {expected}"
+    try:
+        codec.unsealed(record)
+    except CacheError as error:
+        return str(error)
+    return None
+
+
+def _problems(records: _Records) -> dict[str, str]:
+    found = {f"{kind}/{key}": _problem(key, record) for kind, own in records.items() for key, record in own.items()}
+    return {where: problem for where, problem in found.items() if problem}
+
+
+def _content(record: Mapping[str, Any]) -> Record:
+    return {"fingerprint": record["fingerprint"], "value": record["value"]}
+
+
+def _entry(kind: Kind, key: str, record: Record) -> Entry:
+    try:
+        stored = datetime.fromisoformat(str(record.get("stored")))
+    except ValueError:
+        stored = None
+    nbytes = len(_record_file(kind, key, record))
+    return Entry(kind, key, stored if stored is not None and stored.tzinfo else None, nbytes)
+
+
+def _record_file(kind: Kind, key: str, record: Record) -> bytes:
+    """The file of one record in a folder."""
+    return codec.dumps_line(_to_data({kind: {key: record}}))
 
 
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise CacheError(f"there is no kind of record {kind!r}, only {', '.join(KINDS)}")
-
-
-def _set_aside(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.unreadable-{number}")).exists():
-        number += 1
-    return path.rename(aside)
 
 
 @functools.cache

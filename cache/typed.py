@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import types
 import typing
 from typing import Any
 
+from autoplan.cache import codec
 from autoplan.errors import BudgetError, CacheError
+
+_hints = functools.cache(typing.get_type_hints)  # a plan has many layers of one kind
 
 
 def to_plain(value: Any) -> Any:
@@ -25,14 +30,17 @@ def from_plain(kind: Any, data: Any, path: str) -> Any:
     """`data` as an instance of the annotation `kind`, every field checked. Raises CacheError naming the field."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
-        return data
+        try:
+            return codec.plain(data)
+        except CacheError as error:
+            raise CacheError(f"{path}: {error}") from None
     if origin in (types.UnionType, typing.Union):
         if data is None and type(None) in args:
             return None
         (kind,) = (arg for arg in args if arg is not type(None))
         return from_plain(kind, data, path)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
         if not isinstance(data, dict) or not required <= set(data) <= set(hints):
             raise CacheError(f"{path} must hold {', '.join(hints)}")
@@ -48,8 +56,11 @@ def from_plain(kind: Any, data: Any, path: str) -> Any:
         if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
             raise CacheError(f"{path} must be a mapping with string keys")
         return {key: from_plain(args[1], item, f"{path}.{key}") for key, item in data.items()}
-    if kind is float and type(data) is int:
+    if kind is float and type(data) is int and abs(data) < 1 << 64:  # JSON of others may say 1 for 1.0
         data = float(data)
-    if type(data) is not kind or (kind is float and (data != data or (data < 0 and not path.endswith("sqnr_db")))):
+    signed = path.endswith("sqnr_db")  # the only number that may be negative
+    if type(data) is not kind or (kind in (int, float) and not (signed or data >= 0)):  # nan is not either
         raise CacheError(f"{path} must be {kind.__name__}, not {data!r}")
+    if kind is float and not math.isfinite(data):
+        raise CacheError(f"{path} must be a finite float, not {data!r}")
     return data

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import autoplan.cache
-from autoplan.cache import codec, store
+from autoplan.cache import codec, files, store
 from autoplan.cache.store import PlanCache, entry, resolve
 from autoplan.errors import CacheError
 
@@ -318,10 +318,10 @@ def test_a_file_that_may_not_be_read_is_left_alone(
     path = tmp_path / "cache.json"
     path.write_text(GOLDEN)
 
-    def fail(self: Path) -> bytes:
+    def fail(*_: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(files.Local, "read", fail)
     with caplog.at_level(logging.WARNING):
         cache = PlanCache(path)
         cache.put("timings", *_timing(1))
@@ -337,10 +337,10 @@ def test_a_broken_file_that_cannot_be_moved_is_never_overwritten(
     path = tmp_path / "cache.json"
     path.write_bytes(b"broken")
 
-    def fail(self: Path, target: Path) -> Path:
+    def fail(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(os, "rename", fail)
     with caplog.at_level(logging.WARNING):
         cache = PlanCache(path)
         cache.put("timings", *_timing(1))
@@ -433,9 +433,11 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = resolve(None)
     assert found is not None
-    assert found.path is not None
-    assert found.path.parts[-2:] == ("autoplan", "cache.json")
-    for wrong in (True, 3, "s3://bucket/cache.json", "cache.yaml", tmp_path):
+    assert found.path == tmp_path / "autoplan"
+    found = resolve(tmp_path)
+    assert found is not None
+    assert len(found) == 0
+    for wrong in (True, 3, "cache.yaml"):
         with pytest.raises(CacheError, match=r"\.json"):
             resolve(wrong)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
