@@ -16,7 +16,7 @@ class Fp8WeightOnly(Candidate):
 
     name = "fp8_weight_only"
     tensors = ("codes", "scale")
-    kernels = ("dequantize_fp8",)
+    kernels: tuple[str, ...] = ("w8_gemv_fp8", "w8_gemm_small_fp8", "dequantize_fp8")
 
     def quantize(self, weight: Tensor) -> Canonical:
         return quantize_per_channel(weight, torch.float8_e4m3fn)
@@ -26,7 +26,7 @@ class Fp8Dynamic(Fp8WeightOnly):
     """Per-channel e4m3 weights, e4m3 activations whose scale is each row's absmax / 448, found at each call."""
 
     name = "fp8_dynamic"
-    kernels = ("scaled_mm",)
+    kernels = ("scaled_mm", "a8w8_fused_small_fp8", "a8w8_gemm_fp8", "scaled_mm_cuda")
 
     def linear(self, x: Tensor, canonical: Canonical, bias: Tensor | None) -> Tensor:
         scale = (x.abs().amax(dim=1, keepdim=True) / _E4M3_MAX).clamp_min(1e-30)

@@ -12,7 +12,7 @@ class Int4Grouped(Candidate):
     """W4A16: asymmetric int4, a float32 scale and an integer zero point per group, ranges clipped by search."""
 
     tensors = ("codes", "scale", "zero_point")
-    kernels = ("tiled_int4", "int4pack", "dequantize_int4")
+    kernels = ("tiled_int4", "int4pack", "w4_gemm_small", "tinygemm", "dequantize_int4")
 
     def __init__(self, group_size: int) -> None:
         self.name = f"int4_g{group_size}"

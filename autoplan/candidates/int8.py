@@ -14,7 +14,7 @@ class Int8WeightOnly(Candidate):
 
     name = "int8_weight_only"
     tensors = ("codes", "scale")
-    kernels = ("tiled_int8", "int8pack", "dequantize_int8")
+    kernels: tuple[str, ...] = ("tiled_int8", "int8pack", "w8_gemv_int8", "w8_gemm_small_int8", "dequantize_int8")
 
     def quantize(self, weight: Tensor) -> Canonical:
         return quantize_per_channel(weight, torch.int8)
@@ -24,7 +24,7 @@ class Int8Dynamic(Int8WeightOnly):
     """W8A8: per-channel int8 weights, int8 activations whose scale is each row's absmax / 127, found at each call."""
 
     name = "int8_dynamic"
-    kernels = ("fused_int8", "onednn_u8s8", "int_mm")
+    kernels = ("fused_int8", "onednn_u8s8", "int_mm", "a8w8_fused_small_int8", "a8w8_gemm_int8", "int_mm_cuda")
 
     def linear(self, x: Tensor, canonical: Canonical, bias: Tensor | None) -> Tensor:
         scale = (x.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-30)
