@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
 from autoplan import kernels
@@ -102,7 +103,10 @@ def _differences(planned: Mapping[str, Any]) -> tuple[str, ...]:
     """How the environment here differs from the one that a plan was made in."""
     if not planned:
         return ()
-    here = environment(str(planned.get("device_type")), source_digest(kernels))
+    device_type = str(planned.get("device_type"))
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return (f"there is no CUDA device here, it was made on {planned.get('device')}",)
+    here = environment(device_type, source_digest(kernels))
     return tuple(
         f"{key} is {here.get(key)}, was {planned.get(key)}"
         for key in sorted({*here, *planned})

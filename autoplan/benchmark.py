@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 import sys
 import types
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,16 @@ from autoplan.cache.store import PlanCache, entry
 from autoplan.candidates import Candidate
 from autoplan.errors import CacheError
 from autoplan.kernels import packing
-from autoplan.kernels.ops import Kernel
+from autoplan.kernels.ops import Kernel, Packed
 from autoplan.layers import PlannedLinear
-from autoplan.records import LayerProfile, Measurement, Shape
+from autoplan.records import COMPILED, EAGER, LayerProfile, Measurement, Shape
 
 BASELINE = ("none", "linear")
 MARGIN = 0.02
 _BUCKETS: list[int] = sorted({*range(1, 17), *(2**k for k in range(5, 24)), *(3 * 2 ** (k - 1) for k in range(4, 24))})
 _MAX_COPIES = 64
 _RACE_SECONDS = 30.0
+_LAYOUTS = 6  # all layouts of all candidates together take about so many times what the float weight takes
 
 Key = tuple[Shape, str, str]  # shape, candidate, kernel
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -99,6 +101,8 @@ def measure(
         if not missing or seconds_left() <= 0:
             continue
         measured = _race(shape, missing, seed, min(_RACE_SECONDS, seconds_left()))
+        if shape.device == "cuda":
+            torch.cuda.empty_cache()  # the weight copies' memory: the user's again
         found.update({(shape, m.candidate, m.kernel): m for m in measured})
         if cache:
             by_key = {(c.candidate.name, c.kernel.name): c for c in missing}
@@ -154,14 +158,17 @@ Maker = Callable[[], Call]  # each call makes one more copy of a packed weight, 
 
 def _race(shape: Shape, contenders: Sequence[Contender], seed: int, max_seconds: float) -> list[Measurement]:
     """One race at one shape: random weights, as many copies of each as it takes to leave the caches."""
-    generator = torch.Generator().manual_seed(seed)
+    draw = functools.partial(
+        torch.randn, generator=torch.Generator(shape.device).manual_seed(seed), device=shape.device
+    )
     weight_dtype, dtype = getattr(torch, shape.weight_dtype), getattr(torch, shape.dtype)
-    weight = (torch.randn((shape.out_features, shape.in_features), generator=generator) * 0.02).to(weight_dtype)
-    bias = torch.randn(shape.out_features, generator=generator).to(weight_dtype) if shape.has_bias else None
-    x = torch.randn((shape.rows, shape.in_features), generator=generator).to(dtype)
+    weight = (draw((shape.out_features, shape.in_features)) * 0.02).to(weight_dtype)
+    bias = draw(shape.out_features).to(weight_dtype) if shape.has_bias else None
+    x = draw((shape.rows, shape.in_features)).to(dtype)
     makers: dict[tuple[str, str], Maker] = {BASELINE: _plain_maker(weight, bias, x, shape.mode)}
     failures: dict[tuple[str, str], str] = {}
     canonical: dict[str, packing.Canonical] = {}
+    shared: _Pools | None = {} if shape.device == "cuda" else None
     with torch.no_grad():
         for contender in contenders:
             candidate, kernel = contender.candidate, contender.kernel
@@ -170,18 +177,33 @@ def _race(shape: Shape, contenders: Sequence[Contender], seed: int, max_seconds:
             try:
                 if candidate.name not in canonical:
                     canonical[candidate.name] = candidate.quantize(weight)
-                makers[candidate.name, kernel.name] = _maker(shape, contender, canonical[candidate.name], x, bias)
+                makers[candidate.name, kernel.name] = _maker(
+                    shape, contender, canonical[candidate.name], x, bias, shared
+                )
             except Exception as error:  # a result like an exception while it is timed: the report tells it
                 failures[candidate.name, kernel.name] = _failure(error)
-        copies = _copies(weight.nbytes * (1 + len(makers) / 2))
+        on_gpu, baseline = shape.device == "cuda", "/".join(BASELINE)
+        copies = copies_on_gpu(weight.nbytes) if on_gpu else _copies(weight.nbytes * (1 + len(makers) / 2))
         arms = _dealt(makers, copies, random.Random(seed), failures)
-        results = timing.race(arms, baseline="/".join(BASELINE), margin=MARGIN, max_seconds=max_seconds, seed=seed)
-    baseline_us = results["/".join(BASELINE)].baseline_us
+        calls, notes = 1, dict[str, str]()
+        if on_gpu and shape.mode == COMPILED:
+            arms, calls, notes = on_graphs(arms, baseline)
+        results = timing.race(
+            arms,
+            baseline=baseline,
+            margin=MARGIN,
+            max_seconds=max_seconds,
+            seed=seed,
+            clock=timing.clock_of(shape.device),
+            min_batch_us=timing.BATCH_US[shape.device],
+        )
+    baseline_us = results[baseline].baseline_us / calls
     measured = [
-        Measurement(shape, *key, baseline_us, timed.ratio, timed.ratio_low, timed.ratio_high, timed.rounds, timed.note)
+        Measurement(shape, *key, baseline_us, timed.ratio, timed.ratio_low, timed.ratio_high, timed.rounds, note)
         for key in makers
         if key not in failures
         for timed in [results["/".join(key)]]
+        for note in ["; ".join(filter(None, (notes.get(timed.name), timed.note)))]
     ]
     measured += [
         Measurement(shape, *key, baseline_us, math.inf, math.inf, math.inf, 0, note) for key, note in failures.items()
@@ -230,7 +252,7 @@ def _plain_maker(weight: Tensor, bias: Tensor | None, x: Tensor, mode: str) -> M
 
     def make() -> Call:
         copy = weight.clone()
-        if mode == "compiled":  # a compiled graph calls the matrix product without a module around it
+        if mode != EAGER:  # a compiled graph calls the matrix product without a module around it
             return functools.partial(F.linear, x, copy, bias)
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=x.dtype)
         layer.weight = nn.Parameter(copy, requires_grad=False)
@@ -241,20 +263,40 @@ def _plain_maker(weight: Tensor, bias: Tensor | None, x: Tensor, mode: str) -> M
     return make
 
 
-def _maker(shape: Shape, contender: Contender, canonical: packing.Canonical, x: Tensor, bias: Tensor | None) -> Maker:
-    """Makes what the planned model will run: a planned layer, or in compiled mode what the graph will call."""
-    kernel, size = contender.kernel, (shape.out_features, shape.in_features)
+_Pools = dict[tuple[str, str], list[Packed]]  # by candidate and layout: copies of a packed weight
+
+
+def _maker(
+    shape: Shape,
+    contender: Contender,
+    canonical: packing.Canonical,
+    x: Tensor,
+    bias: Tensor | None,
+    shared: _Pools | None,
+) -> Maker:
+    """Makes what the planned model will run: a planned layer, or in compiled mode what the graph will call.
+
+    Arms of one layout use the same copies if they are `shared`, as on a GPU: there an arm's turn through the copies is
+    long enough to leave the cache, memory has no favourite places, and there is less of it.
+    """
+    name, kernel = contender.candidate.name, contender.kernel
+    size = (shape.out_features, shape.in_features)
     parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    pool: list[Packed] = [] if shared is None else shared.setdefault((name, kernel.layout.name), [])
+    used = itertools.count()
     in_graph = None
-    if shape.mode == "compiled":
+    if shape.mode != EAGER:
         in_graph = _in_graph(kernel, shape.out_features, x, kernel.layout.pack(canonical), bias)
+    unpacked = {key: torch.empty_like(tensor, device="meta") for key, tensor in canonical.items()}
 
     def make() -> Call:
-        copy = {key: tensor.clone() for key, tensor in canonical.items()}
+        i = next(used)
+        if i == len(pool):
+            pool.append(kernel.layout.pack({key: tensor.clone() for key, tensor in canonical.items()}))
         if in_graph is not None:
-            return functools.partial(in_graph, x, *kernel.layout.pack(copy))
-        program = f"1:{kernel.name}"
-        layer = PlannedLinear("timed", contender.candidate.name, program, copy, parameter, size=size, dtype=x.dtype)
+            return functools.partial(in_graph, x, *pool[i])
+        layer = PlannedLinear("timed", name, f"1:{kernel.name}", unpacked, parameter, size=size, dtype=x.dtype)
+        layer._packed = list(pool[i])
         return functools.partial(layer, x)
 
     return make
@@ -287,6 +329,86 @@ def _in_graph(
     return compiled
 
 
+def on_graphs(arms: Sequence[timing.Arm], baseline: str) -> tuple[list[timing.Arm], int, dict[str, str]]:
+    """The arms as users of CUDA graphs run them: each call replays some turns through the arm's copies.
+
+    Also returns how many of an arm's former calls that is, and notes. What no graph can hold makes the same turns call
+    by call, so that its launches count.
+    """
+    plain = next(arm for arm in arms if arm.name == baseline)
+    clock = timing.clock_of("cuda")
+    _turns(plain, 1)()
+    began = clock()
+    _turns(plain, 1)()
+    turns = max(1, round(1000 * timing.BATCH_US["cuda"] / max(clock() - began, 1)))
+    replayed, notes = [], {}
+    for arm in arms:
+        run = _turns(arm, turns)
+        try:
+            replayed.append(replace(arm, calls=[_captured(run)]))
+        except Exception as error:  # if the arm itself is broken, the race will tell
+            reason = _failure(error).removeprefix("failed: ")
+            notes[arm.name] = f"timed with its launches, as no CUDA graph can hold it: {reason}"
+            replayed.append(replace(arm, calls=[run]))
+    return replayed, turns * len(plain.calls), notes
+
+
+def _turns(arm: timing.Arm, count: int) -> Callable[[], None]:
+    def run() -> None:
+        for call in itertools.chain.from_iterable(itertools.repeat(arm.calls, count)):
+            call()
+
+    return run
+
+
+def _captured(run: Callable[[], None]) -> Call:
+    """What replays `run`, recorded as a CUDA graph on the current device. Raises where a graph cannot hold it."""
+    stream = _side_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # what is made on first use (code, workspaces) must not be made while recording
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")  # other threads may do as they like
+        try:
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        except Exception as error:
+            # A recording that failed leaves torch's random generator believing in it, and the user's next draw would
+            # raise; one that succeeds sets that right.
+            torch.cuda.synchronize()
+            spare, something = torch.cuda.CUDAGraph(), torch.zeros(1, device="cuda")
+            spare.capture_begin(capture_error_mode="thread_local")
+            something.add_(1)
+            spare.capture_end()
+            raise error.__context__ or error from None  # the first error says why
+    torch.cuda.synchronize()
+
+    def replay(held: Callable[[], None] = run) -> None:  # a graph reads tensors where they lay, and keeps none alive
+        graph.replay()
+
+    return replay
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """The stream that graphs are recorded on: one for all, as each that calls cuBLAS keeps a workspace."""
+    return torch.cuda.Stream(device)
+
+
+def copies_on_gpu(weight_bytes: int) -> int:
+    """So many copies that a turn through those of one arm overflows L2 three times, even in int4; less if memory is.
+
+    One copy will do where it does so alone. `weight_bytes` counts the float weight.
+    """
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    wanted, affordable = math.ceil(3 * cache / (weight_bytes / 4)), int(free / 4 / (weight_bytes * _LAYOUTS))
+    return max(1, min(_MAX_COPIES, wanted, affordable))
+
+
 def _copies(bytes_a_round: float) -> int:
     """So many copies of each weight that one turn through all arms' copies overflows the last-level cache.
 
@@ -306,11 +428,6 @@ def last_level_cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
-def kernel_measurements(
-    found: Mapping[Key, Measurement], shapes: Iterable[Shape], candidate: str
-) -> dict[str, list[Measurement]]:
-    """Per kernel of a candidate, its measurements at all of `shapes`; a kernel that misses one is left out."""
-    shapes = list(shapes)
-    kernels = {kernel for shape, name, kernel in found if name == candidate and shape in shapes}
-    complete = {kernel: [found.get((shape, candidate, kernel)) for shape in shapes] for kernel in sorted(kernels)}
-    return {kernel: [m for m in own if m] for kernel, own in complete.items() if all(own)}
+def kernel_measurements(found: Mapping[Key, Measurement], shape: Shape, candidate: str) -> dict[str, Measurement]:
+    """What was measured of each kernel of a candidate at a shape."""
+    return {kernel: m for (at, name, kernel), m in found.items() if at == shape and name == candidate}

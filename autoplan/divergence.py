@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autoplan.errors import AutoplanError
-from autoplan.recorder import ModelInput, eagerly
+from autoplan.recorder import ModelInput, device_of_model, eagerly
 from autoplan.records import Estimate
 
 OutputPicker = Callable[[Any], Tensor]
@@ -80,8 +80,9 @@ def undisturbed(model: nn.Module, eager: bool = True) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     held = [(module, dict(module._buffers)) for module in training]  # a forward may put another tensor in its place
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    gpus = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), eagerly() if eager else nullcontext():
+        with torch.random.fork_rng(devices=gpus), torch.no_grad(), eagerly() if eager else nullcontext():
             model.eval()
             yield
     finally:
@@ -96,14 +97,13 @@ def undisturbed(model: nn.Module, eager: bool = True) -> Iterator[None]:
 
 
 def call(model: nn.Module, model_input: ModelInput) -> Any:
-    """Run the model on a copy of a recorded input, moved to its device, in the autocast region it was recorded in."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    """Run the model on a copy of a recorded input, in the autocast region it was recorded in."""
     dtype = getattr(torch, model_input.autocast or "bfloat16")
     args, kwargs = tree_map(
-        lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else copy.deepcopy(leaf),
+        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf),
         (model_input.args, model_input.kwargs),
     )
-    with torch.autocast(device.type, dtype, enabled=model_input.autocast is not None):
+    with torch.autocast(device_of_model(model).type, dtype, enabled=model_input.autocast is not None):
         return model(*args, **kwargs)
 
 

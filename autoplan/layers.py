@@ -7,10 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoplan.candidates import Candidate
+from autoplan.candidates import Candidate, find_candidate
 from autoplan.errors import AutoplanError
 from autoplan.kernels import packing
-from autoplan.kernels.ops import Packed, pack_program, parse_program, unpack_program
+from autoplan.kernels.ops import (
+    LinearSpec,
+    Packed,
+    call_linear,
+    find_kernel,
+    pack_program,
+    parse_program,
+    unpack_program,
+)
 
 
 class PlannedLinear(nn.Module):
@@ -19,7 +27,8 @@ class PlannedLinear(nn.Module):
     `state_dict()` holds the candidate's canonical tensors (`codes`, `scale`, ...) and the bias, whatever kernels run;
     in memory lives only the form the kernels want, from which the canonical one is recovered exactly. Moving,
     copying, pickling and loading go through the canonical form. On the meta device there is nothing to pack, so
-    the canonical tensors themselves are held until real ones are loaded.
+    the canonical tensors themselves are held until real ones are loaded. Moved to a kind of device that the program's
+    kernels do not run on, the layer runs the candidate's most general kernel there.
 
     Attributes:
         candidate: name of the numeric recipe.
@@ -77,7 +86,9 @@ class PlannedLinear(nn.Module):
         vars(twin).update(
             {key: value for key, value in vars(self).items() if not key.startswith("_") and key != "name"}
         )
-        twin.name, twin._packed, twin._canonical, twin._inline = name, self._packed, self._canonical, self._inline
+        twin.name = name
+        twin._packed, twin._canonical = self._packed, self._canonical
+        twin._running, twin._inline = self._running, self._inline
         twin.register_parameter("bias", linear.bias)
         twin.adopt(linear)
         return twin
@@ -108,7 +119,7 @@ class PlannedLinear(nn.Module):
         if self._inline is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
             y = self._inline(x, self._packed, self.bias, dtype)
         else:
-            y = torch.ops.autoplan.linear(x, self._packed, self.bias, self.program, self.out_features, dtype)
+            y = call_linear(x, self._packed, self.bias, self._running, self.out_features, dtype)
         return y.view(*input.shape[:-1], self.out_features)
 
     @property
@@ -117,14 +128,14 @@ class PlannedLinear(nn.Module):
         if self._packed is None:
             return packing.dequantize(self._canonical, self.dtype)
         size = (self.out_features, self.in_features)
-        weight: Tensor = torch.ops.autoplan.dense_weight(self._packed, self.program, size, self.dtype)
+        weight: Tensor = torch.ops.autoplan.dense_weight(self._packed, self._running, size, self.dtype)
         return weight
 
     def canonical(self) -> packing.Canonical:
         """The canonical tensors, as `state_dict()` shows them."""
         if self._packed is None:
             return dict(self._canonical)
-        return unpack_program(self.program, self._packed)
+        return unpack_program(self._running, self._packed)
 
     def nbytes(self) -> int:
         """Bytes that the weight takes in memory (bias not counted): what the kernels hold, each tensor once."""
@@ -132,13 +143,28 @@ class PlannedLinear(nn.Module):
 
     def _hold(self, canonical: packing.Canonical) -> None:
         """Pack `canonical` for the kernels of the program; nothing changes if that fails."""
-        _, kernels, _ = parse_program(self.program)
-        packed: list[Tensor] | None = None
+        running = self.program
+        packed: Packed | None = None
         if not any(tensor.is_meta for tensor in canonical.values()):
-            packed = pack_program(self.program, canonical)
-        self._packed: Packed | None = packed
+            running = self._program_on(next(iter(canonical.values())).device)
+            packed = pack_program(running, canonical)
+        _, kernels, _ = parse_program(running)
+        self._running, self._packed = running, packed
         self._canonical = canonical if packed is None else {}
         self._inline = kernels[0].inline if len(kernels) == 1 else None
+
+    def _program_on(self, device: torch.device) -> str:
+        """The program; where not all its kernels run on this kind of device, the candidate's most general one there."""
+        if all(device.type in kernel.devices for kernel in parse_program(self.program)[1]):
+            return self.program
+        candidate = find_candidate(self.candidate)
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        spec = LinearSpec(self.in_features, self.out_features, self.dtype, candidate.group_size, capability)
+        for name in reversed(candidate.kernels):
+            kernel = find_kernel(name)
+            if device.type in kernel.devices and kernel.rejects(spec) is None:
+                return f"1:{name}"
+        return self.program  # which will say what it misses
 
     def _apply(self, fn: Any, recurse: bool = True) -> PlannedLinear:
         """Follow `.to()`: codes and scales change device only; a float weight in the model's own dtype changes both."""
@@ -192,7 +218,7 @@ class PlannedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Plain tensors only: oneDNN's packed weights can be neither copied nor saved, and float8 not pickled."""
-        state = {key: value for key, value in vars(self).items() if key not in ("_packed", "_inline")}
+        state = {key: value for key, value in vars(self).items() if key not in ("_packed", "_running", "_inline")}
         bytewise = {k: t.view(torch.uint8) if t.itemsize == 1 else t for k, t in self.canonical().items()}
         return state | {"_canonical": bytewise, "_dtypes": {k: t.dtype for k, t in self.canonical().items()}}
 

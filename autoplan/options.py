@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from autoplan import benchmark
 from autoplan.benchmark import BASELINE, MARGIN, Contender, Key
 from autoplan.candidates import Candidate
-from autoplan.kernels.ops import Kernel
+from autoplan.kernels.ops import Kernel, LinearSpec, find_kernel
 from autoplan.records import Device, LayerPlan, LayerProfile, Measurement, Option, Sensitivity, Shape
 from autoplan.selection import PLAIN, kernel_names
 
 SQNR_FLOOR_DB = 10.0
+_TUNED_CONFIGS = 4  # of a kernel's variants that a race tries: they come best guess first
 _NOT_TIMED = "not timed: max_seconds ran out"
 SHOWN_DB = 999.0  # stands for a layer output that is exactly equal
 
@@ -22,7 +23,7 @@ SHOWN_DB = 999.0  # stands for a layer output that is exactly equal
 class Rules:
     """What the caller asked for that bears on single layers."""
 
-    mode: str  # "eager" or "compiled"
+    mode: str  # EAGER, COMPILED or WITHOUT_GRAPHS, of records
     call_weights: Mapping[str, float]  # workload -> what one recorded call of it counts
     pinned: Mapping[str, str] = field(default_factory=dict)  # layer -> candidate
     group_of: Mapping[str, str] = field(default_factory=dict)  # layer -> group
@@ -35,6 +36,7 @@ class Menu:
     """The candidates of one layer before anything is measured."""
 
     profile: LayerProfile
+    device: Device
     kernels: Mapping[Candidate, tuple[Kernel, ...]]
     rejected: Mapping[Candidate, str]
 
@@ -44,7 +46,7 @@ def screen(profile: LayerProfile, candidates: Iterable[Candidate], device: Devic
     usable: dict[Candidate, tuple[Kernel, ...]] = {}
     rejected: dict[Candidate, str] = {}
     for candidate in candidates:
-        kernels, reasons = candidate.usable_kernels(profile)
+        kernels, reasons = candidate.usable_kernels(profile, device)
         reason = candidate.rejects(profile, device)
         if reason is None and not kernels:
             listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
@@ -53,19 +55,34 @@ def screen(profile: LayerProfile, candidates: Iterable[Candidate], device: Devic
             usable[candidate] = kernels
         else:
             rejected[candidate] = reason
-    return Menu(profile, usable, rejected)
+    return Menu(profile, device, usable, rejected)
 
 
-def to_time(menus: Iterable[Menu], mode: str) -> dict[Shape, list[Contender]]:
-    """Every kernel of every candidate at every shape that some layer needs, each once."""
+def to_time(menus: Iterable[Menu], mode: str, batch_invariant: bool = False) -> dict[Shape, list[Contender]]:
+    """Every kernel of every candidate at every shape that some layer needs, each once.
+
+    Kernels with variants take part as the best guesses among these for the shape's rows: so the race tunes them. One
+    that must serve all rows (`batch_invariant`) takes part with the best guesses for any of them.
+    """
     wanted: dict[Shape, dict[tuple[str, str], Contender]] = {}
     for menu in menus:
-        for shape in benchmark.shapes_of(menu.profile, mode):
+        shapes = benchmark.shapes_of(menu.profile, mode)
+        for shape in shapes:
             contenders = wanted.setdefault(shape, {})
             for candidate, kernels in menu.kernels.items():
+                spec = candidate.spec(menu.profile, shape.dtype, menu.device)
+                rows = [other.rows for other in shapes] if batch_invariant else [shape.rows]
                 for kernel in kernels:
-                    contenders[candidate.name, kernel.name] = Contender(candidate, kernel)
+                    for variant in (variant for r in rows for variant in _variants(kernel, spec, r)):
+                        contenders[candidate.name, variant.name] = Contender(candidate, variant)
     return {shape: list(contenders.values()) for shape, contenders in wanted.items()}
+
+
+def _variants(kernel: Kernel, spec: LinearSpec, rows: int) -> Sequence[Kernel]:
+    """The kernel as it is worth timing: as it is, or under the first of its configs; not at all if it names none."""
+    if kernel.variants is None:
+        return [kernel]
+    return [find_kernel(f"{kernel.name}@{config}") for config in kernel.variants(spec, rows)[:_TUNED_CONFIGS]]
 
 
 def with_times(menu: Menu, found: Mapping[Key, Measurement], rules: Rules) -> LayerPlan:
@@ -147,21 +164,34 @@ def _timed(
     def total(measurements: Sequence[Measurement], bound: str = "ratio") -> float:
         return sum(float(m.baseline_us * getattr(m, bound) * n) for m, n in zip(measurements, times, strict=True))
 
-    per_kernel = benchmark.kernel_measurements(found, calls, candidate.name)
-    finite = {kernel: own for kernel, own in per_kernel.items() if math.isfinite(total(own, "ratio_high"))}
-    if not finite:
-        notes = sorted({f"{m.kernel}: {m.note}" for own in per_kernel.values() for m in own if m.note})
-        return Option(candidate.name, rejected="; ".join(notes) or _NOT_TIMED)
-    single = min(finite, key=lambda kernel: (total(finite[kernel]), kernel))
-    plain = finite.get(BASELINE[1]) if candidate.name == "none" else None
-    if plain and total(finite[single], "ratio_high") >= (1 - MARGIN) * total(plain):
-        single = BASELINE[1]  # ties go to the layer as it is
-    best, program = finite[single], f"1:{single}"
-    if len(times) > 1 and not batch_invariant:
-        mixed = [min((own[i] for own in finite.values()), key=lambda m: (m.ratio, m.kernel)) for i in range(len(times))]
-        if total(mixed) < (1 - MARGIN) * total(best):
-            best, program = mixed, _program(mixed)
+    measured = [benchmark.kernel_measurements(found, shape, candidate.name) for shape in calls]
+    broken = {kernel for own in measured for kernel, m in own.items() if m.ratio == math.inf}
+    usable = [
+        {kernel: m for kernel, m in own.items() if kernel not in broken and m.ratio_high < math.inf} for own in measured
+    ]
+    everywhere = set(usable[0]).intersection(*usable)
+    if not all(usable) or (batch_invariant and not everywhere):
+        return Option(candidate.name, rejected=_why_not_timed(measured) if all(measured) else _NOT_TIMED)
+    mixed = [min(own.values(), key=lambda m: (m.ratio, m.kernel)) for own in usable]
+    best, program = mixed, _program(mixed)
+    if everywhere:
+        alone = {kernel: [own[kernel] for own in usable] for kernel in everywhere}
+        single = min(alone, key=lambda kernel: (total(alone[kernel]), kernel))
+        plain = alone.get(BASELINE[1]) if candidate.name == "none" else None
+        if plain and total(alone[single], "ratio_high") >= (1 - MARGIN) * total(plain):
+            single = BASELINE[1]  # ties go to the layer as it is
+        if batch_invariant or len(times) == 1 or total(mixed) >= (1 - MARGIN) * total(alone[single]):
+            best, program = alone[single], f"1:{single}"
     return Option(candidate.name, program, total(best), total(best, "ratio_low"), total(best, "ratio_high"))
+
+
+def _why_not_timed(measured: Iterable[Mapping[str, Measurement]]) -> str:
+    """What is noted of the kernels, of each with configs what is noted of the best one."""
+    notes: dict[str, str] = {}
+    for m in sorted((m for own in measured for m in own.values()), key=lambda m: m.ratio):
+        if m.note:
+            notes.setdefault(m.kernel.partition("@")[0], m.note)
+    return "; ".join(f"{kernel}: {note}" for kernel, note in sorted(notes.items())) or _NOT_TIMED
 
 
 def _program(measurements: Sequence[Measurement]) -> str:

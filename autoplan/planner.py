@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,8 +27,18 @@ from autoplan.divergence import OutputPicker, Reference, references, split_input
 from autoplan.errors import AutoplanError, CacheError, RecordingError
 from autoplan.options import Rules
 from autoplan.plan import Plan
-from autoplan.recorder import Recording, as_calls, record, refuse_planned, unwrap
-from autoplan.records import Estimate, LayerPlan, LayerProfile, Option, Outcome, Sensitivity
+from autoplan.recorder import Recording, as_calls, device_of_model, record, refuse_planned, unwrap
+from autoplan.records import (
+    COMPILED,
+    EAGER,
+    WITHOUT_GRAPHS,
+    Estimate,
+    LayerPlan,
+    LayerProfile,
+    Option,
+    Outcome,
+    Sensitivity,
+)
 from autoplan.request import Evaluate, Patterns, Request, device_of
 from autoplan.selection import (
     PLAIN,
@@ -94,7 +104,8 @@ def autoplan(
         output: picks the output tensor that the divergence is measured on.
         evaluate: `callable(model) -> float`, higher is better, or `(callable, tolerance)`: the last judge of the plan.
         cache: a `PlanCache`, a path, None for the user's own cache file, False for none.
-        compiled: whether the model will run compiled; None: exactly if it is wrapped by `torch.compile`.
+        compiled: whether the model will run compiled, on CUDA with CUDA graphs; None: exactly if it is wrapped by
+            `torch.compile`, and without CUDA graphs if that is how it was wrapped (see its `mode="reduce-overhead"`).
         batch_invariant: one kernel per layer, whatever the rows of a call.
         max_seconds: stop measuring after about this long and plan with what is known.
         progress: None shows a bar on a terminal, False nothing; or `callable(stage, done, total)`.
@@ -165,10 +176,25 @@ def _make_plan(model: nn.Module, recording: Recording, request: Request) -> Plan
     if not recording.inputs:
         reason = "its inputs are too large or cannot be copied" if recording.inputs_dropped else "nothing was run"
         raise RecordingError(f"nothing was recorded ({reason}): run the model inside `with record(model):`")
-    compiled = root is not model if request.compiled is None else request.compiled
+    mode = _mode(model, root is not model if request.compiled is None else request.compiled)
+    device = device_of_model(root)
     # One planning at a time: two that time at once would time each other.
-    with _planning_lock, _progress(request.progress) as progress:
-        return _Planning(_replica(root), recording, request, "compiled" if compiled else "eager", progress).run()
+    with (
+        _planning_lock,
+        _progress(request.progress) as progress,
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),  # where kernels are timed
+    ):
+        return _Planning(_replica(root), recording, request, mode, progress).run()
+
+
+def _mode(model: nn.Module, compiled: bool) -> str:
+    """What times are to be for. CUDA graphs are assumed of a compiled model on CUDA, unless its wrapper has none."""
+    if not compiled:
+        return EAGER
+    config = getattr(model, "get_compiler_config", lambda: None)()
+    if device_of_model(model).type == "cuda" and config is not None and not config.get("triton.cudagraphs"):
+        return WITHOUT_GRAPHS
+    return COMPILED
 
 
 def _replica(model: nn.Module) -> nn.Module:
@@ -286,7 +312,7 @@ class _Planning:
         candidates = self.request.chosen_candidates()
         menus = [options.screen(profile, candidates, device_of(profile)) for profile in profiles]
         found = benchmark.measure(
-            options.to_time(menus, self.mode),
+            options.to_time(menus, self.mode, rules.batch_invariant),
             self.prints["environment"],
             self.cache,
             seed=self.request.seed,
@@ -427,7 +453,7 @@ class _Planning:
                 self.recording.inputs,
                 self.recording.weights,
                 baseline="plan",
-                compiled=self.mode == "compiled",
+                mode=self.mode,
                 seconds=_WHOLE_MODEL_SECONDS,
                 seed=self.request.seed,
             )

@@ -31,7 +31,7 @@ _FLOATS = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True)
 class ModelInput:
-    """One call of the model, copied to the CPU, so that it can be replayed."""
+    """One call of the model: copies, each on its own device, so that it can be replayed."""
 
     workload: str
     args: tuple[Any, ...]
@@ -43,6 +43,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The module inside a `torch.compile` wrapper, or the module itself."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def device_of_model(model: nn.Module) -> torch.device:
+    """Where a model is: the device of its first parameter; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -137,7 +142,7 @@ class Recording:
 
     def __init__(self, model: nn.Module, seed: int = 0) -> None:
         self.model = model
-        self._device_type = next((parameter.device.type for parameter in model.parameters()), "cpu")
+        self._device_type = device_of_model(model).type
         decisions, self.left_alone = find_layers(model)
         self.decisions = {decision.names[0]: decision for decision in decisions}
         self.seed = seed
@@ -213,7 +218,7 @@ class Recording:
         if self._input_bytes + size <= _MAX_INPUT_BYTES:
             memo: dict[int, Any] = {}  # of deepcopy: also names the tensors inside objects, such as a key-value cache
             try:
-                args, kwargs = tree_map(lambda leaf: _copy_to_cpu(leaf, memo), (args, dict(kwargs)))
+                args, kwargs = tree_map(lambda leaf: _copied(leaf, memo), (args, dict(kwargs)))
             except Exception as error:  # the user's own call must go on, whatever it is called with
                 _logger.info("an input cannot be copied, so it is not kept for scoring: %s", error)
                 self.inputs_dropped += 1
@@ -229,9 +234,9 @@ class Recording:
         self.inputs.append(ModelInput(self._workload, args, dict(kwargs), autocast))
 
 
-def _copy_to_cpu(leaf: Any, memo: dict[int, Any]) -> Any:
+def _copied(leaf: Any, memo: dict[int, Any]) -> Any:
     if isinstance(leaf, Tensor):
-        return leaf.detach().cpu().clone()
+        return leaf.detach().clone()
     _detach_inside(leaf, memo)
     return copy.deepcopy(leaf, memo)
 
@@ -239,7 +244,7 @@ def _copy_to_cpu(leaf: Any, memo: dict[int, Any]) -> Any:
 def _detach_inside(item: Any, memo: dict[int, Any], depth: int = 6) -> None:
     """Copies of the tensors inside an object, for deepcopy to use: it refuses those that have a gradient history."""
     if isinstance(item, Tensor):
-        memo.setdefault(id(item), item.detach().cpu().clone())
+        memo.setdefault(id(item), item.detach().clone())
     elif depth:
         inner = item.values() if isinstance(item, Mapping) else item if isinstance(item, list | tuple) else ()
         for part in (*inner, *getattr(item, "__dict__", {}).values()):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# How a model runs, as far as times depend on it. On a GPU, COMPILED replays CUDA graphs: no launch costs anything then.
+EAGER, COMPILED, WITHOUT_GRAPHS = "eager", "compiled", "compiled without CUDA graphs"
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -58,7 +61,7 @@ class Shape:
     dtype: str  # of the input, as it reaches the layer (autocast applied)
     weight_dtype: str
     device: str
-    mode: str  # "eager" or "compiled"
+    mode: str  # EAGER, COMPILED or WITHOUT_GRAPHS
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,9 +57,17 @@ def render(plan: Plan, format: str) -> str:
 
 
 def kernels(program: str) -> str:
-    """A program in words: "1:int8pack,24:dequantize_int8" is "int8pack, from 24 rows dequantize_int8"."""
-    steps = [step.partition(":") for step in program.split(",") if step]
-    words = [name if int(rows) <= 1 else f"from {rows} rows {name}" for rows, _, name in steps]
+    """A program in words: "1:int8pack,24:dequantize_int8" is "int8pack, from 24 rows dequantize_int8".
+
+    The configs of kernels, after an "@", are left out: csv and json have them.
+    """
+    words, last = [], ""
+    for step in filter(None, program.split(",")):
+        rows, _, kernel = step.partition(":")
+        name = kernel.partition("@")[0]
+        if name != last:
+            words.append(name if int(rows) <= 1 else f"from {rows} rows {name}")
+        last = name
     return ", ".join(words)
 
 

@@ -20,10 +20,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from autoplan.errors import KernelError
 
+# Calls are timed in batches that last about so long: on a GPU, the gap before the first launch must be lost in it.
+BATCH_US = {"cpu": 50.0, "cuda": 1000.0}
 timings_made = 0  # samples timed by this process; tests read it to show that replaying a plan times nothing
 
 _Result = TypeVar("_Result")
@@ -67,6 +70,30 @@ class Timing:
     note: str  # why it was stopped, is undecided, or failed; else ""
 
 
+class CudaClock:
+    """Nanoseconds on the timeline of the current CUDA stream; every reading waits for the work given to it before."""
+
+    def __init__(self) -> None:
+        self._ns, self._last = 0, self._event()
+
+    def __call__(self) -> int:
+        event = self._event()
+        event.synchronize()
+        self._ns += round(1e6 * self._last.elapsed_time(event))  # from reading to reading: far apart, it loses digits
+        self._last = event
+        return self._ns
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def clock_of(device_type: str) -> Callable[[], int]:
+    """The clock for calls on "cpu" or "cuda": nanoseconds, read when what was called before is done."""
+    return CudaClock() if device_type == "cuda" else time.perf_counter_ns
+
+
 def switch(timing: Timing, margin: float = 0.02) -> bool:
     """Whether the arm beats the baseline by more than `margin`, with confidence."""
     return timing.ratio_high < 1 - margin
@@ -80,7 +107,7 @@ def race(
     min_rounds: int = 8,
     max_rounds: int = 128,
     max_seconds: float | None = None,
-    min_batch_us: float = 50.0,
+    min_batch_us: float = BATCH_US["cpu"],
     seed: int = 0,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Timing]:
@@ -91,8 +118,7 @@ def race(
     `max_seconds` (by `clock`, warm-up included) may end it sooner, but not before one round; where rounds are so dear
     that no verdict fits in, arms that were clearly slower twice are dropped, and up to twice the time is allowed. A
     batch has the same number of calls for all arms, so many that the baseline's lasts about `min_batch_us`.
-    `clock` counts nanoseconds;
-    for a GPU pass one that synchronizes before it reads the time.
+    `clock` counts nanoseconds; for a GPU it must wait for the work under way (see `clock_of`).
 
     Raises: ValueError for arms that cannot be raced; KernelError when the baseline itself fails.
     """
@@ -121,7 +147,7 @@ def compare(
     min_rounds: int = 8,
     max_rounds: int = 40,
     max_seconds: float | None = None,
-    min_batch_us: float = 50.0,
+    min_batch_us: float = BATCH_US["cpu"],
     seed: int = 0,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Timing]:

@@ -13,7 +13,7 @@ from autoplan import PlanCache, benchmark, timing
 from autoplan.benchmark import BASELINE, Contender, bucket_rows, measure, shapes_of
 from autoplan.candidates import Candidate, find_candidate
 from autoplan.kernels.ops import find_kernel
-from autoplan.records import Call, LayerProfile, Measurement, Shape
+from autoplan.records import Call, Device, LayerProfile, Measurement, Shape
 
 SHAPE = Shape(4, 16, 16, True, "float32", "float32", "cpu", "eager")
 ENVIRONMENT = {"device": "a machine"}
@@ -21,7 +21,8 @@ ENVIRONMENT = {"device": "a machine"}
 
 def contenders(*names: str) -> list[Contender]:
     layer = LayerProfile("x", (), 16, 16, True, "float32", "cpu", (Call("default", 4, "float32", 1),))
-    return [Contender(c, k) for c in map(find_candidate, names) for k in c.usable_kernels(layer)[0]]
+    cpu = Device("cpu", "cpu")
+    return [Contender(c, k) for c in map(find_candidate, names) for k in c.usable_kernels(layer, cpu)[0]]
 
 
 def test_rows_are_bucketed() -> None:
@@ -161,12 +162,12 @@ def test_a_real_race(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert m.baseline_us == plain.baseline_us > 0
 
 
-def test_kernels_that_miss_a_shape_are_left_out() -> None:
+def test_measurements_are_found_by_shape_and_candidate() -> None:
     other = Shape(8, 16, 16, True, "float32", "float32", "cpu", "eager")
     found = {
         (shape, "c", kernel): Measurement(shape, "c", kernel, 1.0, 0.5, 0.4, 0.6, 8)
         for shape, kernel in [(SHAPE, "k"), (other, "k"), (SHAPE, "part")]
     }
-    assert list(benchmark.kernel_measurements(found, [SHAPE, other], "c")) == ["k"]
-    assert list(benchmark.kernel_measurements(found, [SHAPE], "c")) == ["k", "part"]
-    assert benchmark.kernel_measurements(found, [SHAPE], "d") == {}
+    assert list(benchmark.kernel_measurements(found, SHAPE, "c")) == ["k", "part"]
+    assert list(benchmark.kernel_measurements(found, other, "c")) == ["k"]
+    assert benchmark.kernel_measurements(found, SHAPE, "d") == {}

@@ -36,7 +36,7 @@ def test_none_comes_first_and_order_is_fixed() -> None:
 def test_runs_close_to_its_meaning_or_says_why_not(name: str, dtype: str, k: int, n: int) -> None:
     candidate = find_candidate(name)
     layer = profile(k, n, dtype)
-    kernels, reasons = candidate.usable_kernels(layer)
+    kernels, reasons = candidate.usable_kernels(layer, CPU)
     reason = candidate.rejects(layer, CPU) or (None if kernels else "; ".join(reasons.values()))
     if reason:
         offending = (str(k), str(n), dtype)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import autoplan
 from autoplan import cli, demo
 from autoplan.cache.store import PlanCache
-from autoplan.candidates import registered
-from autoplan.kernels import find_kernel
+from autoplan.candidates import find_candidate, registered
+from autoplan.kernels import LinearSpec, find_kernel
 from autoplan.plan import Plan
 from autoplan.records import Call, LayerPlan, Option
 from autoplan.selection import Budget
@@ -126,6 +127,40 @@ def test_doctor_shows_why_a_kernel_cannot_run(
     text = capsys.readouterr().out
     assert "int8_dynamic on int_mm: its probe gave a relative error of 7 on this machine" in text
     assert "bf16 on linear (bfloat16): the weight is bfloat16" in text
+    assert max(map(len, text.splitlines())) <= 200
+
+
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+
+
+def test_doctor_shows_every_cuda_kernel_by_architecture_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def supports(spec: LinearSpec) -> str | None:
+        assert spec.dtype == torch.bfloat16
+        return None if spec.capability and spec.capability >= (8, 9) else "e4m3 needs compute capability 8.9"
+
+    def probe() -> str | None:
+        raise AssertionError("the matrix is about GPUs that are not here")
+
+    kernel = replace(
+        find_kernel("dequantize_fp8"), name="tests_e4m3", devices=("cuda",), supports=supports, probe=probe
+    )
+    monkeypatch.setitem(find_kernel.__globals__["_KERNELS"], "tests_e4m3", kernel)
+    monkeypatch.setattr(find_candidate("fp8_dynamic"), "kernels", ("tests_e4m3",))
+    assert cli.main(["doctor", "--json"]) == 0
+    rows = {row["kernel"]: row for row in json.loads(capsys.readouterr().out)["cuda_kernels"]}
+    assert {"linear", "tests_e4m3"} <= set(rows)
+    assert "onednn" not in rows
+    assert all(list(row["supported"]) == ARCHITECTURES for row in rows.values())
+    assert rows["linear"]["supported"] == dict.fromkeys(ARCHITECTURES, True)
+    assert rows["linear"]["candidates"] == ["none", "bf16"]
+    assert [name for name, supported in rows["tests_e4m3"]["supported"].items() if not supported] == ["sm_80", "sm_86"]
+    assert rows["tests_e4m3"]["reasons"]["sm_86"] == "e4m3 needs compute capability 8.9"
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "CUDA kernels by architecture" in text
+    assert "  tests_e4m3 (sm_80, sm_86): e4m3 needs compute capability 8.9" in text
     assert max(map(len, text.splitlines())) <= 200
 
 

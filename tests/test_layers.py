@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autoplan.candidates import find_candidate, registered
 from autoplan.errors import AutoplanError
 from autoplan.layers import PlannedLinear
-from autoplan.records import Call, LayerProfile
+from autoplan.records import Call, Device, LayerProfile
 
 CASES = [
     pytest.param(candidate.name, kernel, dtype, id=f"{candidate.name}-{kernel}-{dtype}")
@@ -185,6 +185,7 @@ def test_gradients_pass_through_to_the_input() -> None:
 
 def test_usable_kernels_are_those_that_every_recorded_dtype_can_use() -> None:
     calls = (Call("default", 4, "float32", 1), Call("default", 4, "float64", 1))
-    kernels, reasons = find_candidate("none").usable_kernels(LayerProfile("x", (), 8, 8, True, "float32", "cpu", calls))
+    layer = LayerProfile("x", (), 8, 8, True, "float32", "cpu", calls)
+    kernels, reasons = find_candidate("none").usable_kernels(layer, Device("cpu", "cpu"))
     assert not kernels
     assert all("float64" in reason for reason in reasons.values())

@@ -86,12 +86,22 @@ def test_the_links_agree_with_the_mapping(pyproject: dict[str, Any]) -> None:
         assert place.resolve() == ROOT / folder, f"{place} is to be a link to {folder}/ (git config core.symlinks true)"
 
 
-def test_the_wheel_holds_the_tree_and_nothing_else(wheel: Path, modules: dict[str, Path]) -> None:
+def test_the_wheel_holds_the_tree_and_nothing_else(
+    wheel: Path, modules: dict[str, Path], pyproject: dict[str, Any]
+) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     metadata = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     packages = {name for name, path in modules.items() if path.stem == "__init__"}
     expected = {name.replace(".", "/") + ("/__init__.py" if name in packages else ".py") for name in modules}
-    assert names - metadata == expected | {"autoplan/py.typed"}  # so `autoplan` is all there is at the top
+    table = pyproject["tool"]["setuptools"]
+    data = {
+        f"{package.replace('.', '/')}/{path.name}"
+        for package, patterns in table["package-data"].items()
+        for pattern in patterns
+        for path in folder_of(package, table["package-dir"]).glob(pattern)
+    }
+    assert {"autoplan/py.typed", "autoplan/kernels/cuda/seeds.json"} <= data
+    assert names - metadata == expected | data  # so `autoplan` is all there is at the top
     assert any(name.endswith("/licenses/LICENSE") for name in metadata)
 
 

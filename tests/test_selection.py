@@ -184,7 +184,7 @@ def timed(ratios: dict[str, dict[str, tuple[float, ...]]], rows: tuple[int, ...]
                     "broke" if ratio == math.inf else "",
                 )
     kernels_ = {find_candidate(name): () for name in ("none", *ratios)}
-    return with_times(Menu(profile(*rows), kernels_, {}), found, Rules("eager", {"default": 1.0}, **rules))
+    return with_times(Menu(profile(*rows), CPU, kernels_, {}), found, Rules("eager", {"default": 1.0}, **rules))
 
 
 def test_a_program_switches_kernels_between_the_rows_that_were_seen() -> None:
@@ -231,7 +231,7 @@ def test_the_gate() -> None:
 
 def test_what_was_not_timed_cannot_be_chosen() -> None:
     menu = Menu(
-        profile(4), {find_candidate("none"): (), find_candidate("bf16"): ()}, {find_candidate("fp8_dynamic"): "no"}
+        profile(4), CPU, {find_candidate("none"): (), find_candidate("bf16"): ()}, {find_candidate("fp8_dynamic"): "no"}
     )
     made = with_times(menu, {}, Rules("eager", {}))
     assert {o.candidate: o.rejected for o in made.options} == {

@@ -41,7 +41,13 @@ class Candidate(ABC):
         """What the layer computes, plainly, in the dtype of `x` [rows, in_features]: what kernels are held to."""
         return F.linear(x, dequantize(canonical, x.dtype), None if bias is None else bias.to(x.dtype))
 
-    def usable_kernels(self, profile: LayerProfile) -> tuple[tuple[Kernel, ...], dict[str, str]]:
+    def spec(self, profile: LayerProfile, dtype: str, device: Device) -> LinearSpec:
+        """What kernels ask about a layer whose input comes in `dtype`."""
+        return LinearSpec(
+            profile.in_features, profile.out_features, getattr(torch, dtype), self.group_size, device.capability
+        )
+
+    def usable_kernels(self, profile: LayerProfile, device: Device) -> tuple[tuple[Kernel, ...], dict[str, str]]:
         """The kernels that can run this layer on every dtype it was called with, and why the others cannot."""
         dtypes = sorted({call.dtype for call in profile.calls} or {profile.dtype})
         usable, reasons = [], {}
@@ -49,8 +55,7 @@ class Candidate(ABC):
             if profile.device not in kernel.devices:
                 continue
             for dtype in dtypes:
-                spec = LinearSpec(profile.in_features, profile.out_features, getattr(torch, dtype), self.group_size)
-                if reason := kernel.rejects(spec):
+                if reason := kernel.rejects(self.spec(profile, dtype, device)):
                     reasons[kernel.name] = reason
                     break
             else:
