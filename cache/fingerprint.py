@@ -29,6 +29,7 @@ _ARM = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "svei8mm",
 _COLUMNS = 4093  # prime, so that exchanging two rows of a weight also moves its words to other columns
 _SAMPLES = 4096
 _CHUNK_BYTES = 64 << 20
+_SOURCE = {".py", ".cpp", ".h"}
 
 
 def environment(device_type: str, kernels_digest: str) -> dict[str, Plain]:
@@ -49,7 +50,7 @@ def environment(device_type: str, kernels_digest: str) -> dict[str, Plain]:
 
 
 def source_digest(*sources: str | os.PathLike[str] | ModuleType) -> str:
-    """The sha256 of the Python source in folders, files, modules or packages, wherever they are installed.
+    """The sha256 of the Python and C++ source in folders, files, modules or packages, wherever they are installed.
 
     Raises:
         CacheError: a source holds no Python file.
@@ -57,7 +58,7 @@ def source_digest(*sources: str | os.PathLike[str] | ModuleType) -> str:
     files: dict[str, str] = {}
     for position, source in enumerate(sources):
         folder = _source_path(source)
-        found = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder]
+        found = sorted(p for p in folder.rglob("*") if p.suffix in _SOURCE) if folder.is_dir() else [folder]
         if not found or not found[0].is_file():
             raise CacheError(f"there is no Python source at {folder}, so nothing would tell one version from another")
         for file in found:

@@ -225,6 +225,9 @@ def test_source_digest_sees_files_and_not_where_they_are(tmp_path: Path) -> None
     (there / "a.py").rename(there / "c.py")
     assert fingerprint.source_digest(there) != digest
     (there / "c.py").rename(there / "a.py")
+    (there / "tiles.h").write_text("// C++ is source too")
+    assert fingerprint.source_digest(there) != digest
+    (there / "tiles.h").unlink()
     (there / "cuda" / "b.py").write_text("B = 3\n")
     assert fingerprint.source_digest(there) != digest
     assert fingerprint.source_digest(here, there) != fingerprint.source_digest(there, here)
