@@ -103,7 +103,7 @@ def autoplan(
         groups: each item a glob, or several, whose layers must get one candidate.
         output: picks the output tensor that the divergence is measured on.
         evaluate: `callable(model) -> float`, higher is better, or `(callable, tolerance)`: the last judge of the plan.
-        cache: a `PlanCache`, a path, None for the user's own cache file, False for none.
+        cache: a `PlanCache`, a folder, file or fsspec URL, None for the user's own cache folder, False for none.
         compiled: whether the model will run compiled, on CUDA with CUDA graphs; None: exactly if it is wrapped by
             `torch.compile`, and without CUDA graphs if that is how it was wrapped (see its `mode="reduce-overhead"`).
         batch_invariant: one kernel per layer, whatever the rows of a call.
