@@ -87,7 +87,7 @@ for _weight in ("int8", "fp8"):
             weight=_weight,
             source="w8.gemv",
             layout=CODES,
-            space=Space(BN=(4, 8, 16), BK=(256, 512, 1024), w=(1, 2, 4, 8), s=(1,)),
+            space=Space(BN=(4, 8, 16), BK=(256, 512, 1024), w=(2, 4, 8), s=(1,)),
             cost=Cost(
                 weight_bits=8,
                 operand_bits=0,
