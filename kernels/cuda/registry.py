@@ -45,8 +45,11 @@ def _a8w8_gemm(problem: Problem, config: Config) -> bool:
     sums_per_thread = bm * config["BN"] // (32 * warps)
     if not _split_pays(problem, config) or sums_per_thread > 128 or (warps == 8 and bm < 64):
         return False
-    if problem.capability[0] in (10, 11) and bm >= 64:  # others move tensor memory clumsily, or spill registers
-        return problem.m > 32 and bm == 64 and config["BN"] == 32 * warps
+    if problem.capability[0] in (10, 11):  # other tiles move tensor memory clumsily, or spill registers
+        if bm >= 64:
+            return problem.m > 32 and bm == 64 and config["BN"] == 32 * warps
+        if (bm, config["BN"], config["BK"]) == (16, 128, 128):
+            return False
     # On 9.0 wgmma multiplies e4m3 as it is, from 64 rows on; lower tiles would have to widen it first.
     return _low_enough(problem, config) or (problem.capability == (9, 0) and bm == 64)
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import aot
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 from autoplan.kernels import LinearSpec, cuda
 from autoplan.kernels.cuda.launch import problem_of, triton_kernels
@@ -133,3 +135,35 @@ def test_what_a_gpu_cannot_run_is_rejected_and_does_not_compile() -> None:
     (launch,) = aot.launches(kernel, next(iter(kernel.space)), 1, 4096, 4096, torch.bfloat16)
     with pytest.raises(Exception, match="fp8e4nv not supported"):
         aot.compile_launch(launch, 80)
+
+
+class NoGpu:
+    """Stands in for Triton's driver, on an H200 that is not there: enough to compile by, not to launch."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["w8_gemv_int8", "w8_gemm_small_fp8", "w4_gemm_small", "a8w8_gemm_int8",
+                                  "a8w8_fused_small_fp8"])  # fmt: skip
+def test_a_launch_compiles_to_what_was_checked_here(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way a GPU's owner gets there: Triton itself reads the types of a launch's arguments."""
+    config = KERNELS[name].space.parse(
+        KERNELS[name].variants(LinearSpec(4096, 1024, torch.bfloat16, 128, (9, 0)), 1)[0]
+    )
+    monkeypatch.setattr(driver, "_active", NoGpu())
+    for launch in aot.launches(KERNELS[name], config, 1, 1024, 4096, torch.bfloat16, 128):
+        done = launch.function.warmup(
+            **launch.arguments, **launch.constants, grid=launch.grid, num_warps=launch.warps, num_stages=launch.stages
+        )
+        if launch.step_weights:
+            assert done.asm["cubin"] == aot.compile_launch(launch, 90).binary
