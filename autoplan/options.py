@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from autoplan import benchmark
 from autoplan.benchmark import BASELINE, MARGIN, Contender, Key
 from autoplan.candidates import Candidate
-from autoplan.kernels.ops import Kernel, LinearSpec, find_kernel
+from autoplan.kernels.ops import DEQUANTIZE, Kernel, LinearSpec, find_kernel, parse_program
 from autoplan.records import Device, LayerPlan, LayerProfile, Measurement, Option, Sensitivity, Shape
 from autoplan.selection import PLAIN, kernel_names
 
@@ -62,7 +62,8 @@ def to_time(menus: Iterable[Menu], mode: str, batch_invariant: bool = False) -> 
     """Every kernel of every candidate at every shape that some layer needs, each once.
 
     Kernels with variants take part as the best guesses among these for the shape's rows: so the race tunes them. One
-    that must serve all rows (`batch_invariant`) takes part with the best guesses for any of them.
+    that must serve all rows (`batch_invariant`) takes part with the best guesses for any of them. Of kernels made for
+    fewer rows, none is timed.
     """
     wanted: dict[Shape, dict[tuple[str, str], Contender]] = {}
     for menu in menus:
@@ -73,8 +74,11 @@ def to_time(menus: Iterable[Menu], mode: str, batch_invariant: bool = False) -> 
                 spec = candidate.spec(menu.profile, shape.dtype, menu.device)
                 rows = [other.rows for other in shapes] if batch_invariant else [shape.rows]
                 for kernel in kernels:
+                    if kernel.most_rows is not None and shape.rows > kernel.most_rows and not batch_invariant:
+                        continue
+                    timed_as = candidate.mode(kernel.name)
                     for variant in (variant for r in rows for variant in _variants(kernel, spec, r)):
-                        contenders[candidate.name, variant.name] = Contender(candidate, variant)
+                        contenders[timed_as.name, variant.name] = Contender(timed_as, variant)
     return {shape: list(contenders.values()) for shape, contenders in wanted.items()}
 
 
@@ -97,7 +101,11 @@ def with_times(menu: Menu, found: Mapping[Key, Measurement], rules: Rules) -> La
     options = [Option(candidate.name, rejected=reason) for candidate, reason in menu.rejected.items()]
     for candidate in menu.kernels:
         if all(plain):
-            options.append(_timed(candidate, found, calls, rules.batch_invariant))
+            option = _timed(candidate, found, calls, rules.batch_invariant)
+            mode = _only_mode(candidate, option)
+            if mode is not None and mode in menu.kernels and candidate.name != rules.pinned.get(profile.name):
+                option = Option(candidate.name, rejected=f"at these rows it is {mode.name}")
+            options.append(option)
         elif candidate.name == "none":
             options.append(Option("none", PLAIN, us=0.0, us_low=0.0, us_high=0.0))
         elif candidate.name == rules.pinned.get(profile.name):
@@ -164,7 +172,14 @@ def _timed(
     def total(measurements: Sequence[Measurement], bound: str = "ratio") -> float:
         return sum(float(m.baseline_us * getattr(m, bound) * n) for m, n in zip(measurements, times, strict=True))
 
-    measured = [benchmark.kernel_measurements(found, shape, candidate.name) for shape in calls]
+    measured: list[dict[str, Measurement]] = [
+        {
+            kernel: measurement
+            for name in candidate.modes or (candidate.name,)
+            for kernel, measurement in benchmark.kernel_measurements(found, shape, name).items()
+        }
+        for shape in calls
+    ]
     broken = {kernel for own in measured for kernel, m in own.items() if m.ratio == math.inf}
     usable = [
         {kernel: m for kernel, m in own.items() if kernel not in broken and m.ratio_high < math.inf} for own in measured
@@ -182,7 +197,24 @@ def _timed(
             single = BASELINE[1]  # ties go to the layer as it is
         if batch_invariant or len(times) == 1 or total(mixed) >= (1 - MARGIN) * total(alone[single]):
             best, program = alone[single], f"1:{single}"
+    if not batch_invariant:
+        program = _beyond(program, max(shape.rows for shape in calls))
     return Option(candidate.name, program, total(best), total(best, "ratio_low"), total(best, "ratio_high"))
+
+
+def _beyond(program: str, rows: int) -> str:
+    """The program with what to do at more than `rows`, the most that were seen, if its last kernel is for few."""
+    most = find_kernel(program.rpartition(":")[2]).most_rows
+    return program if most is None else f"{program},{max(most, rows) + 1}:{DEQUANTIZE}"
+
+
+def _only_mode(candidate: Candidate, option: Option) -> Candidate | None:
+    """The one candidate that a candidate of several modes would always run as, if there is only one."""
+    if not candidate.modes or option.rejected:
+        return None
+    kernels = parse_program(option.program)[1]
+    modes = {candidate.mode(kernel.name.partition("@")[0]) for kernel in kernels} - {candidate}
+    return modes.pop() if len(modes) == 1 else None
 
 
 def _why_not_timed(measured: Iterable[Mapping[str, Measurement]]) -> str:

@@ -146,6 +146,7 @@ ops.register_kernel(
         supports=lambda spec: _multiple(spec, in_features=16),
         probe=_probe("int8pack", lambda weight: quantize_per_channel(weight, torch.int8), in_features=48),
         run=_int8pack,
+        most_rows=128,
     )
 )
 
@@ -302,6 +303,7 @@ ops.register_kernel(
         supports=lambda spec: _multiple(spec, in_features=spec.group_size or 32, out_features=16),
         probe=_probe("int4pack", lambda weight: quantize_int4(weight, 32), in_features=96, out_features=48),
         run=_int4pack,
+        most_rows=512,
     )
 )
 

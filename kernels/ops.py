@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from autoplan.errors import KernelError
@@ -64,6 +65,8 @@ class Kernel:
     fuse with their neighbours (the matrix product itself stays a custom op), for compiled graphs; all else runs whole
     behind the op `autoplan::linear`.
 
+    A kernel made for few rows says in `most_rows` up to how many; it runs more, but dequantizing the weight is faster.
+
     A kernel with tile sizes to choose names those worth timing in `variants(spec, rows)`, best guess first; under the
     name "kernel@config" it is found as a kernel of its own, run by `configured(config)`, so that what was timed is what
     a plan names. Without a config it chooses one itself.
@@ -76,6 +79,7 @@ class Kernel:
     probe: Callable[[], str | None]  # None, or why this machine cannot; run once, on first use
     run: Run
     inline: Run | None = None
+    most_rows: int | None = None
     variants: Callable[[LinearSpec, int], Sequence[str]] | None = None
     configured: Callable[[str], Run] | None = None
 
@@ -118,17 +122,30 @@ def _probe_once(kernel: Kernel) -> str | None:
         return f"its probe failed on this machine: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
+DEQUANTIZE = "dequantize"  # in a program, after another kernel: F.linear on what that one's layout stands for
+
+
+def _dequantizing(layout: Layout) -> Kernel:
+    def run(x: Tensor, packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        weight = dequantize(layout.unpack(packed), x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
+
+    return Kernel(DEQUANTIZE, ("cpu", "cuda"), layout, supports=lambda spec: None, probe=lambda: None, run=run)
+
+
 @functools.cache
 def parse_program(program: str) -> tuple[tuple[int, ...], tuple[Kernel, ...], tuple[slice, ...]]:
-    """Read a program such as "1:int8pack,24:dequantize_int8": from how many rows on, which kernel.
+    """Read a program such as "1:int8pack,129:dequantize": from how many rows on, which kernel.
 
     Returns the thresholds, the kernels, and where among the packed tensors each finds its own.
     """
-    thresholds, kernels, start = [], [], 0
+    thresholds: list[int] = []
+    kernels: list[Kernel] = []
+    start = 0
     held: dict[str, slice] = {}
     for step in program.split(","):
         rows, _, name = step.partition(":")
-        kernel = find_kernel(name)
+        kernel = _dequantizing(kernels[-1].layout) if name == DEQUANTIZE and kernels else find_kernel(name)
         thresholds.append(int(rows))
         kernels.append(kernel)
         if kernel.layout.name not in held:

@@ -92,13 +92,17 @@ def test_a_batch_invariant_layer_tries_the_guesses_for_all_its_rows(tiled: Candi
     assert len(found[1]) == 4 + 2 + 1
 
 
+SHORT = {"t": "tests_tiles", "d": "dequantize_int8"}
+
+
 def layer(ratios: dict[int, dict[str, float]], **rules: Any) -> Any:
-    """The option of the candidate with these ratios, by rows and kernel."""
+    """The option of the candidate with these ratios, by rows and kernel (in short)."""
     found = {}
     for rows, own in ratios.items():
         shape = Shape(rows, 64, 64, True, "float32", "float32", "cpu", "eager")
         found[shape, "none", "linear"] = Measurement(shape, "none", "linear", 10.0, 1.0, 1.0, 1.0, 8)
-        for kernel, ratio in own.items():
+        for short, ratio in own.items():
+            kernel = SHORT[short[0]] + short[1:]
             high = math.inf if ratio >= 3 else ratio * 1.01  # hopeless: dropped before there was an interval
             found[shape, "tests_tiled", kernel] = Measurement(
                 shape, "tests_tiled", kernel, 10.0, ratio, ratio * 0.99, high, 8, "slow" if ratio >= 3 else ""
@@ -111,24 +115,26 @@ def layer(ratios: dict[int, dict[str, float]], **rules: Any) -> Any:
 
 def test_configs_that_were_timed_at_some_rows_only_make_a_program() -> None:
     option = layer({1: {"t@a": 0.3, "t@b": 0.4, "d": 5.0}, 64: {"t@c": 0.5, "d": 0.9}, 512: {"d": 0.8}})
-    assert option.program == f"1:t@a,{math.isqrt(64) + 1}:t@c,{math.isqrt(64 * 512) + 1}:d"
+    few, many = math.isqrt(64) + 1, math.isqrt(64 * 512) + 1
+    assert option.program == f"1:tests_tiles@a,{few}:tests_tiles@c,{many}:dequantize_int8"
     assert option.us == pytest.approx(3 + 5 + 8)
     assert not option.rejected
 
 
 def test_one_config_everywhere_if_several_gain_too_little() -> None:
     ratios = {1: {"t@a": 0.300, "t@b": 0.299}, 64: {"t@a": 0.5, "t@b": 0.51}}
-    assert layer(ratios).program == "1:t@a"
-    assert layer({1: {"t@a": 0.3, "t@b": 0.9}, 64: {"t@a": 0.9, "t@b": 0.5}}, batch_invariant=True).program == "1:t@a"
+    assert layer(ratios).program == "1:tests_tiles@a"
+    invariant = layer({1: {"t@a": 0.3, "t@b": 0.9}, 64: {"t@a": 0.9, "t@b": 0.5}}, batch_invariant=True)
+    assert invariant.program == "1:tests_tiles@a"
     rejected = layer({1: {"t@a": 0.3}, 64: {"t@b": 0.5}}, batch_invariant=True)
     assert "not timed" in rejected.rejected
 
 
 def test_a_config_that_fails_anywhere_is_out_and_reasons_name_kernels_once() -> None:
     broken = layer({1: {"t@a": 0.1, "t@b": 0.5}, 64: {"t@a": math.inf, "t@b": 0.5}})
-    assert broken.program == "1:t@b"
+    assert broken.program == "1:tests_tiles@b"
     hopeless = layer({1: {"t@a": 9.0, "t@b": 8.0, "d": 7.0}})
-    assert hopeless.rejected == "d: slow; t: slow"
+    assert hopeless.rejected == "dequantize_int8: slow; tests_tiles: slow"
 
 
 def model() -> nn.Sequential:

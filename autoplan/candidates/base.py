@@ -19,12 +19,15 @@ class Candidate(ABC):
     """A numeric recipe for a layer: how its weight is stored, and what the layer then computes.
 
     A subclass sets `name`, `tensors` (the names of the canonical tensors, in order) and `kernels` (the kernels that can
-    run it, the most general last), and writes `quantize`. One that leaves `kernels` empty runs its own `linear`.
+    run it, the most general last), and writes `quantize`. One that leaves `kernels` empty runs its own `linear`. One
+    that may run as one candidate at some rows and as another at others, on the same codes, names them in `modes`; its
+    kernels are theirs, timed under their names.
     """
 
     name: str
     tensors: tuple[str, ...]
     kernels: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
     group_size: int | None = None
 
     def rejects(self, profile: LayerProfile, device: Device) -> str | None:
@@ -61,6 +64,10 @@ class Candidate(ABC):
             else:
                 usable.append(kernel)
         return tuple(usable), reasons
+
+    def mode(self, kernel: str) -> Candidate:
+        """The candidate that this one is when it runs on `kernel`: itself, but for one with `modes`."""
+        return next((mode for mode in map(find_candidate, self.modes) if kernel in mode.kernels), self)
 
     def __repr__(self) -> str:
         return f"<candidate {self.name}>"

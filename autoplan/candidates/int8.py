@@ -1,4 +1,4 @@
-"""int8 weights, one scale per output channel; activations left as they are, or int8 with one scale per row."""
+"""int8 weights, one scale per output channel; activations left as they are, or int8 with one scale per row, or both."""
 
 from __future__ import annotations
 
@@ -31,5 +31,14 @@ class Int8Dynamic(Int8WeightOnly):
         return super().linear((x / scale).round() * scale, canonical, bias)
 
 
+class Int8Dual(Int8WeightOnly):
+    """The same codes, weight-only at few rows, where reading them is all the time, and dynamic at many."""
+
+    name = "int8_dual"
+    modes = ("int8_dynamic", "int8_weight_only")
+    kernels = (*Int8Dynamic.kernels, *Int8WeightOnly.kernels)
+
+
 register_candidate(Int8WeightOnly())
 register_candidate(Int8Dynamic())
+register_candidate(Int8Dual())

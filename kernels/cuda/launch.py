@@ -233,6 +233,7 @@ def register_triton_kernel(kernel: TritonKernel) -> None:
             supports=kernel.supports,
             probe=kernel.probe,
             run=kernel.run,
+            most_rows=kernel.most_rows,
             variants=kernel.variants,
             configured=kernel.configured,
         )
