@@ -61,7 +61,12 @@ def _pack_int4(canonical: Canonical) -> tuple[Tensor, ...]:
     padded = _padded(codes, 4)
     lines = padded.view(padded.shape[0] // 16, 16, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
     size = codes.new_empty((0, codes.shape[0], 2 * codes.shape[1]))
-    return lines, _padded(scale, 1).t().contiguous(), _padded(zero_point, 1).t().contiguous(), size
+    return lines, _columns(scale), _columns(zero_point), size
+
+
+def _columns(values: Tensor) -> Tensor:
+    """[out, groups] -> [out / 16, groups, 16]: what one pass over the lines of 16 channels needs, side by side."""
+    return _padded(values, 1).unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
 
 
 def _unpack_int4(packed: ops.Packed) -> Canonical:
@@ -70,8 +75,8 @@ def _unpack_int4(packed: ops.Packed) -> Canonical:
     out_features, in_features = size.shape[1:]
     return {
         "codes": codes[:out_features, : in_features // 2].contiguous(),
-        "scale": scale.t()[:out_features].contiguous(),
-        "zero_point": zero_point.t()[:out_features].contiguous(),
+        "scale": scale.transpose(1, 2).flatten(0, 1)[:out_features].contiguous(),
+        "zero_point": zero_point.transpose(1, 2).flatten(0, 1)[:out_features].contiguous(),
     }
 
 
@@ -122,7 +127,7 @@ def _int4_weight(
     at, bias_dtype = _bias(bias)
     library().autoplan_int4_weight(
         x.data_ptr(), lines.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), at, y.data_ptr(), *y.shape,
-        size.shape[2], size.shape[2] // scale.shape[0], few_rows, _CODES[dtype], bias_dtype, torch.get_num_threads(),
+        size.shape[2], size.shape[2] // scale.shape[1], few_rows, _CODES[dtype], bias_dtype, torch.get_num_threads(),
     )  # fmt: skip
     return y
 

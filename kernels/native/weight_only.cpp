@@ -29,9 +29,16 @@ struct Int4Weight {
 
 struct Weight {
   const char* lines;           // [out_features / 16, in_features / LINE_K, 64], padded
-  const float* scale;          // [groups, channels]
-  const uint8_t* zero_point;   // [groups, channels], or null for zeros
-  int64_t channels, in_features, group_size;  // padded; group_size = in_features without groups
+  const float* scale;          // [out_features / 16, groups, 16]: beside each other what one pass over lines needs
+  const uint8_t* zero_point;   // the same, or null for zeros
+  int64_t in_features, group_size;  // padded; group_size = in_features without groups
+
+  int64_t groups() const { return in_features / group_size; }
+  __m512 scales(int64_t channel, int64_t g) const { return _mm512_loadu_ps(scale + (channel / 16 * groups() + g) * 16); }
+  __m512 zeros(int64_t channel, int64_t g) const {
+    const __m128i codes = _mm_loadu_si128((const __m128i*)(zero_point + (channel / 16 * groups() + g) * 16));
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
+  }
 };
 
 // For ROWS rows and 16 channels: sum over groups of scale * (sum of x * code - zero_point * sum of x).
@@ -56,13 +63,10 @@ void few(const float* x, int64_t stride, const float* group_sums, int64_t groups
         }
       }
     }
-    const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(w.scale + g * w.channels + channel), _mm512_set1_ps(Kind::unit));
+    const __m512 scale = _mm512_mul_ps(w.scales(channel, g), _mm512_set1_ps(Kind::unit));
     for (int r = 0; r < ROWS; r++) {
       __m512 sum = _mm512_add_ps(even[r], odd[r]);
-      if (w.zero_point) {
-        const __m128i zero = _mm_loadu_si128((const __m128i*)(w.zero_point + g * w.channels + channel));
-        sum = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zero)), _mm512_set1_ps(group_sums[r * groups + g]), sum);
-      }
+      if (w.zero_point) sum = _mm512_fnmadd_ps(w.zeros(channel, g), _mm512_set1_ps(group_sums[r * groups + g]), sum);
       total[r] = _mm512_fmadd_ps(scale, sum, total[r]);
     }
   }
@@ -81,7 +85,7 @@ void few_rows(const float* x, int64_t row, const float* sums, int64_t groups, co
 
 template <class Kind, int DTYPE>
 void run_few(const void* x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
-  const int64_t groups = w.in_features / w.group_size;
+  const int64_t groups = w.groups();
   float* const values = (float*)scratch(rows * (w.in_features + groups) * 4);  // x in float32, and its sums per group
   float* const sums = values + rows * w.in_features;
   for (int64_t r = 0; r < rows; r++) {
@@ -111,12 +115,8 @@ template <class Kind>
 void dequantize(const Weight& w, int64_t channel, char* tiles) {
   const char* line = w.lines + channel / 16 * (w.in_features / Kind::LINE_K) * 64;
   for (int64_t g = 0; g * w.group_size < w.in_features; g++) {
-    const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(w.scale + g * w.channels + channel), _mm512_set1_ps(Kind::unit));
-    __m512 offset = _mm512_setzero_ps();
-    if (w.zero_point) {
-      const __m128i zero = _mm_loadu_si128((const __m128i*)(w.zero_point + g * w.channels + channel));
-      offset = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zero)), scale);
-    }
+    const __m512 scale = _mm512_mul_ps(w.scales(channel, g), _mm512_set1_ps(Kind::unit));
+    const __m512 offset = w.zero_point ? _mm512_mul_ps(w.zeros(channel, g), scale) : _mm512_setzero_ps();
     for (int64_t k = 0; k < w.group_size; k += Kind::LINE_K, line += 64) {
       const __m512i codes = _mm512_loadu_si512(line);
 #pragma GCC unroll 8
@@ -204,7 +204,7 @@ extern "C" void autoplan_int8_weight(const void* x, const char* lines, const flo
                                      int bias_dtype, int threads) {
   threads = team_for(rows, out_features, in_features, threads);
   const int64_t padded = ceil_div(in_features, 64) * 64;
-  const Weight w = {lines, scale, nullptr, ceil_div(out_features, STRIP) * STRIP, padded, padded};
+  const Weight w = {lines, scale, nullptr, padded, padded};
   run<Int8Weight>(x, w, {nullptr, nullptr, bias, bias_dtype, y, out_features, 1}, rows, in_features, few, dtype, threads);
 }
 
@@ -213,6 +213,6 @@ extern "C" void autoplan_int4_weight(const void* x, const char* lines, const flo
                                      const void* bias, void* y, int64_t rows, int64_t out_features, int64_t in_features,
                                      int64_t group_size, int few, int dtype, int bias_dtype, int threads) {
   threads = team_for(rows, out_features, in_features, threads);
-  const Weight w = {lines, scale, zero_point, ceil_div(out_features, STRIP) * STRIP, in_features, group_size};
+  const Weight w = {lines, scale, zero_point, in_features, group_size};
   run<Int4Weight>(x, w, {nullptr, nullptr, bias, bias_dtype, y, out_features, 1}, rows, in_features, few, dtype, threads);
 }
