@@ -9,6 +9,7 @@ from autoplan.errors import AutoplanError
 from autoplan.plan import Plan
 from autoplan.planner import autoplan, make_plan
 from autoplan.recorder import record
+from autoplan.revalidate import revalidate as _revalidate  # noqa: F401 (Plan.revalidate calls it)
 from autoplan.selection import Budget
 
 __version__ = "0.1.0"

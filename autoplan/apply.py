@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -18,37 +18,43 @@ from autoplan.errors import AutoplanError, PlanMismatchError
 from autoplan.layers import PlannedLinear
 from autoplan.plan import Plan
 from autoplan.recorder import dtype_name, refuse_planned, unwrap
-from autoplan.selection import is_plain
+from autoplan.records import LayerPlan, label
+from autoplan.selection import fused_sets, is_plain
+from autoplan.siblings import join
 
 Model = TypeVar("Model", bound=nn.Module)
+Weights = Literal["check", "strict", "skip"]
 
 _logger = logging.getLogger("autoplan")
 
 
-def apply_plan(model: Model, plan: Plan, *, weights: Literal["check", "skip"] = "check") -> Model:
+def apply_plan(model: Model, plan: Plan, *, weights: Weights = "check") -> Model:
     """Give every layer of `model` what `plan` chose for it, in place: no forward, no timing. Returns the same object.
 
-    Names, shapes and dtypes must match those that were planned; `weights="check"` compares the weights' digests too,
-    "skip" does not (for a twin that will load its weights, or a model on the meta device).
+    Names, shapes and dtypes must match those that were planned. `weights="check"` compares the weights' digests too:
+    of a sample, or of every byte where the plan was made with `strict=True`; "strict" takes no plan that was not.
+    "skip" does not compare them (for a twin that will load its weights, or a model on the meta device).
+
+    A plan that was made in another environment is applied with a warning, and marked `stale`: see `Plan.revalidate`.
 
     Raises PlanMismatchError naming what differs; the model is then unchanged.
     """
-    if weights not in ("check", "skip"):
-        raise AutoplanError(f'weights must be "check" or "skip", not {weights!r}')
+    if weights not in get_args(Weights):
+        raise AutoplanError(f'weights must be "check", "strict" or "skip", not {weights!r}')
     if not isinstance(plan, Plan):
         raise AutoplanError(f"apply_plan wants a Plan, not a {type(plan).__name__}: see Plan.load and Plan.from_dict")
     root = unwrap(model)
     refuse_planned(root)
-    _check_match(root, plan, weights == "check")
-    planned = {}
-    for layer in plan.layers:
-        if not is_plain(layer):
-            names = (layer.name, *layer.aliases)
-            planned.update(stand_ins(root, names, layer.chosen, layer.choice.program))
-    stale = _differences(plan.fingerprints.get("environment", {}))
+    check_match(root, plan, weights)
+    planned = stand_ins_of(root, plan.layers)
+    stale = environment_differences(plan.fingerprints.get("environment", {}))
     put(root, planned)
     if stale:
-        _logger.warning("this plan was made in another environment, so its times may not hold: %s", "; ".join(stale))
+        _logger.warning(
+            "this plan was made in another environment, so its times may not hold: %s. plan.revalidate(float_model, "
+            "inputs) times it here in seconds",
+            "; ".join(stale),
+        )
     vars(root)["_autoplan_plan"] = replace(plan, stale=stale)
     return model
 
@@ -61,6 +67,21 @@ def plan_of(model: nn.Module) -> Plan:
             "this model has no plan: call autoplan(model, inputs), or run a model from autoplan(model) once"
         )
     return plan
+
+
+def stand_ins_of(model: nn.Module, layers: Sequence[LayerPlan]) -> dict[str, PlannedLinear]:
+    """The modules that these layers' choices need, by name; plain layers stay as they are."""
+    made: dict[str, PlannedLinear] = {}
+    for layer in layers:
+        if not is_plain(layer):
+            program = layer.option(layer.chosen).program
+            made.update(stand_ins(model, (layer.name, *layer.aliases), layer.chosen, program))
+    for places in fused_sets(layers):
+        members = [layers[i] for i in places]
+        join(
+            label([layer.name for layer in members]), [made[layer.name] for layer in members], members[0].choice.program
+        )
+    return made
 
 
 def stand_ins(model: nn.Module, names: tuple[str, ...], candidate: str, program: str) -> dict[str, PlannedLinear]:
@@ -99,7 +120,7 @@ def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]
         put(model, previous)
 
 
-def _differences(planned: Mapping[str, Any]) -> tuple[str, ...]:
+def environment_differences(planned: Mapping[str, Any]) -> tuple[str, ...]:
     """How the environment here differs from the one that a plan was made in."""
     if not planned:
         return ()
@@ -114,7 +135,8 @@ def _differences(planned: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _check_match(model: nn.Module, plan: Plan, check_weights: bool) -> None:
+def check_match(model: nn.Module, plan: Plan, weights: Weights) -> None:
+    """Raise PlanMismatchError unless these are the layers that were planned, and (unless skipped) their weights."""
     wrong = []
     digests: dict[str, Any] = plan.fingerprints.get("model", {}).get("layers", {})
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -131,8 +153,17 @@ def _check_match(model: nn.Module, plan: Plan, check_weights: bool) -> None:
                 wrong.append(f"{name} is {actual}, planned for {planned}")
             elif name == layer.name and (module.bias is not None) != layer.has_bias:  # of a tied twin it may differ
                 wrong.append(f"{name} has {'a' if module.bias is not None else 'no'} bias, unlike the planned layer")
-        planned_digest = digests.get(layer.name, {}).get("digest")
-        if not (check_weights and planned_digest):
+        if weights == "skip":
+            continue
+        planned_digests = {digests.get(layer.name, {}).get("digest"), *digests.get(layer.name, {}).get("shards", ())}
+        planned_digests -= {None, ""}
+        coverage = {str(digest).partition(":")[0] for digest in planned_digests}
+        if weights == "strict" and coverage != {"strict"}:
+            raise PlanMismatchError(
+                f"the plan holds no digest of every byte of {layer.name!r}: make it with strict=True, or apply it with "
+                'weights="check"'
+            )
+        if not planned_digests:
             continue
         seen: dict[int, str] = {}  # a tied weight once
         for name in (layer.name, *layer.aliases):
@@ -140,8 +171,8 @@ def _check_match(model: nn.Module, plan: Plan, check_weights: bool) -> None:
             if not isinstance(module, nn.Linear):
                 continue
             pointer = module.weight.data_ptr()
-            seen[pointer] = seen.get(pointer) or tensor_digest(module.weight)
-            if seen[pointer] != planned_digest:
+            seen[pointer] = seen.get(pointer) or tensor_digest(module.weight, strict="strict" in coverage)
+            if seen[pointer] not in planned_digests:
                 wrong.append(f"{name} has other weights")
     if wrong:
         listed = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")

@@ -10,25 +10,22 @@ import sys
 import types
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from autoplan import timing
+from autoplan.arms import Arms, Call, Contender, Maker
 from autoplan.cache.fingerprint import digest, source_digest
 from autoplan.cache.store import PlanCache, entry
 from autoplan.candidates import Candidate
 from autoplan.errors import CacheError
-from autoplan.kernels import packing
-from autoplan.kernels.ops import Kernel, Packed
-from autoplan.layers import PlannedLinear
-from autoplan.records import COMPILED, EAGER, LayerProfile, Measurement, Shape
+from autoplan.records import COMPILED, LayerProfile, Measurement, Shape
 
 BASELINE = ("none", "linear")
+APART = ("apart", "one by one")  # that of a shape with parts
 MARGIN = 0.02
 _BUCKETS: list[int] = sorted({*range(1, 17), *(2**k for k in range(5, 24)), *(3 * 2 ** (k - 1) for k in range(4, 24))})
 _MAX_COPIES = 64
@@ -37,14 +34,6 @@ _LAYOUTS = 6  # all layouts of all candidates together take about so many times 
 
 Key = tuple[Shape, str, str]  # shape, candidate, kernel
 Progress = Callable[[str, int, int], None]  # stage, done, total
-
-
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """A kernel of a candidate that has to be timed at a shape."""
-
-    candidate: Candidate
-    kernel: Kernel
 
 
 def bucket_rows(rows: int) -> int:
@@ -127,7 +116,7 @@ def candidate_digest(candidate: Candidate) -> str:
 def _fingerprint(shape: Shape, contender: Contender, environment: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "environment": dict(environment),
-        "shape": asdict(shape),
+        "shape": {key: value for key, value in asdict(shape).items() if key != "parts" or value},
         "candidate": contender.candidate.name,
         "candidate_source": candidate_digest(contender.candidate),
         "kernel": contender.kernel.name,
@@ -152,12 +141,11 @@ def _from_record(shape: Shape, value: Mapping[str, Any]) -> Measurement | None:
     return measurement if sound and measurement.ratio > 0 else None
 
 
-Call = Callable[[], object]
-Maker = Callable[[], Call]  # each call makes one more copy of a packed weight, and what runs on it
-
-
 def _race(shape: Shape, contenders: Sequence[Contender], seed: int, max_seconds: float) -> list[Measurement]:
-    """One race at one shape: random weights, as many copies of each as it takes to leave the caches."""
+    """One race at one shape: random weights, as many copies of each as it takes to leave the caches.
+
+    At a shape with parts, the baseline is the parts one after another, and a contender the product of all.
+    """
     draw = functools.partial(
         torch.randn, generator=torch.Generator(shape.device).manual_seed(seed), device=shape.device
     )
@@ -165,26 +153,22 @@ def _race(shape: Shape, contenders: Sequence[Contender], seed: int, max_seconds:
     weight = (draw((shape.out_features, shape.in_features)) * 0.02).to(weight_dtype)
     bias = draw(shape.out_features).to(weight_dtype) if shape.has_bias else None
     x = draw((shape.rows, shape.in_features)).to(dtype)
-    makers: dict[tuple[str, str], Maker] = {BASELINE: _plain_maker(weight, bias, x, shape.mode)}
+    on_gpu, first = shape.device == "cuda", APART if shape.parts else BASELINE
+    arms_of = Arms(shape, weight, bias, x, shared=on_gpu)
     failures: dict[tuple[str, str], str] = {}
-    canonical: dict[str, packing.Canonical] = {}
-    shared: _Pools | None = {} if shape.device == "cuda" else None
     with torch.no_grad():
+        makers: dict[tuple[str, str], Maker] = {first: arms_of.apart() if shape.parts else arms_of.plain()}
         for contender in contenders:
-            candidate, kernel = contender.candidate, contender.kernel
-            if (candidate.name, kernel.name) == BASELINE:
+            key = (contender.candidate.name, contender.kernel.name)
+            if key == first:
                 continue
             try:
-                if candidate.name not in canonical:
-                    canonical[candidate.name] = candidate.quantize(weight)
-                makers[candidate.name, kernel.name] = _maker(
-                    shape, contender, canonical[candidate.name], x, bias, shared
-                )
+                makers[key] = arms_of.fused(contender) if shape.parts else arms_of.planned(contender)
             except Exception as error:  # a result like an exception while it is timed: the report tells it
-                failures[candidate.name, kernel.name] = _failure(error)
-        on_gpu, baseline = shape.device == "cuda", "/".join(BASELINE)
+                failures[key] = _failure(error)
+        baseline = "/".join(first)
         copies = copies_on_gpu(weight.nbytes) if on_gpu else _copies(weight.nbytes * (1 + len(makers) / 2))
-        arms = _dealt(makers, copies, random.Random(seed), failures)
+        arms = _dealt(makers, first, copies, random.Random(seed), failures)
         calls, notes = 1, dict[str, str]()
         if on_gpu and shape.mode == COMPILED:
             arms, calls, notes = on_graphs(arms, baseline)
@@ -218,13 +202,14 @@ def _failure(error: Exception) -> str:
 
 def _dealt(
     makers: Mapping[tuple[str, str], Maker],
+    first: tuple[str, str],
     copies: int,
     chance: random.Random,
     failures: dict[tuple[str, str], str],
 ) -> list[timing.Arm]:
     """The arms, each with its copies: allocated in turns of random order, and used in random order.
 
-    What cannot be packed gets no arm, and its reason in `failures`.
+    What cannot be packed gets no arm, and its reason in `failures`; but the baseline, `first`, must not fail.
 
     Memory placement alone can make one of two identical arms look several percent faster, when each arm's copies lie
     side by side; and when they lie in a fixed order, one arm can fetch the memory of the next.
@@ -237,96 +222,13 @@ def _dealt(
             try:
                 calls[key].append(makers[key]())
             except Exception as error:
-                if key == BASELINE:
+                if key == first:
                     raise
                 failures[key] = _failure(error)
                 calls[key].clear()
     for own in calls.values():
         chance.shuffle(own)
     return [timing.Arm("/".join(key), key[0], own) for key, own in calls.items() if own]
-
-
-def _plain_maker(weight: Tensor, bias: Tensor | None, x: Tensor, mode: str) -> Maker:
-    weight = weight.to(x.dtype)  # under autocast, torch keeps the cast weight
-    bias = None if bias is None else bias.to(x.dtype)
-
-    def make() -> Call:
-        copy = weight.clone()
-        if mode != EAGER:  # a compiled graph calls the matrix product without a module around it
-            return functools.partial(F.linear, x, copy, bias)
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=x.dtype)
-        layer.weight = nn.Parameter(copy, requires_grad=False)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias, requires_grad=False)
-        return functools.partial(layer, x)
-
-    return make
-
-
-_Pools = dict[tuple[str, str], list[Packed]]  # by candidate and layout: copies of a packed weight
-
-
-def _maker(
-    shape: Shape,
-    contender: Contender,
-    canonical: packing.Canonical,
-    x: Tensor,
-    bias: Tensor | None,
-    shared: _Pools | None,
-) -> Maker:
-    """Makes what the planned model will run: a planned layer, or in compiled mode what the graph will call.
-
-    Arms of one layout use the same copies if they are `shared`, as on a GPU: there an arm's turn through the copies is
-    long enough to leave the cache, memory has no favourite places, and there is less of it.
-    """
-    name, kernel = contender.candidate.name, contender.kernel
-    size = (shape.out_features, shape.in_features)
-    parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    pool: list[Packed] = [] if shared is None else shared.setdefault((name, kernel.layout.name), [])
-    used = itertools.count()
-    in_graph = None
-    if shape.mode != EAGER:
-        in_graph = _in_graph(kernel, shape.out_features, x, kernel.layout.pack(canonical), bias)
-    unpacked = {key: torch.empty_like(tensor, device="meta") for key, tensor in canonical.items()}
-
-    def make() -> Call:
-        i = next(used)
-        if i == len(pool):
-            pool.append(kernel.layout.pack({key: tensor.clone() for key, tensor in canonical.items()}))
-        if in_graph is not None:
-            return functools.partial(in_graph, x, *pool[i])
-        layer = PlannedLinear("timed", name, f"1:{kernel.name}", unpacked, parameter, size=size, dtype=x.dtype)
-        layer._packed = list(pool[i])
-        return functools.partial(layer, x)
-
-    return make
-
-
-def _in_graph(
-    kernel: Kernel, out_features: int, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None
-) -> Callable[..., object]:
-    """What a compiled graph calls for this kernel, as a function of x and the packed tensors.
-
-    An inline kernel goes through Inductor where it has something to fuse. That goes round Dynamo, so that nothing
-    counts against anyone's recompile limit.
-    """
-    dtype, inline = x.dtype, kernel.inline
-    if inline is None:
-        program = f"1:{kernel.name}"
-        return lambda x, *packed: torch.ops.autoplan.linear(x, packed, bias, program, out_features, dtype)
-
-    def traced(x: Tensor, *packed: Tensor) -> Tensor:
-        return inline(x, packed, bias, dtype)
-
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    graph = make_fx(traced, tracing_mode="real")(x, *packed)
-    if sum(node.op == "call_function" for node in graph.graph.nodes) <= 1:
-        return traced
-    from torch._inductor import compile as inductor_compile
-
-    compiled: Callable[..., object] = inductor_compile(graph, [x, *packed])
-    return compiled
 
 
 def on_graphs(arms: Sequence[timing.Arm], baseline: str) -> tuple[list[timing.Arm], int, dict[str, str]]:

@@ -22,6 +22,7 @@ _EXIT_CODES = """\
 exit codes:
   0  done
   1  demo: the planned model's error is above the budget
+     plan: no layer was switched, the plan is the float model
      cache verify: something cannot be trusted; cache show: there is no such record
   2  wrong usage, or an error that the message explains
   130  interrupted
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     import autoplan
-    from autoplan import cli_cache
+    from autoplan import cli_cache, cli_plan
 
     parser = argparse.ArgumentParser(
         prog="autoplan",
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = _command(commands, "doctor", "show what this machine supports, and why not the rest", _doctor)
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
 
+    cli_plan.add(commands, _command, _positive, _budget)
     cli_cache.add(commands, _command)
     return parser
 

@@ -113,13 +113,13 @@ def load(dtype: torch.dtype) -> Embedder:
     return Embedder(bert).eval()
 
 
-def tokenize(texts: Sequence[str], batch: int) -> list[Batch]:
-    """The sentences as batches of `batch`, padded to TOKENS tokens; the last is filled up from the first sentences."""
+def tokenize(texts: Sequence[str], batch: int, tokens: int = TOKENS) -> list[Batch]:
+    """The sentences as batches of `batch`, padded to `tokens`; the last is filled up from the first sentences."""
     transformers, path = _packages()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     filled = [*texts, *texts[: -len(texts) % batch]]
     return [
-        dict(tokenizer(filled[start : start + batch], padding="max_length", truncation=True, max_length=TOKENS,
+        dict(tokenizer(filled[start : start + batch], padding="max_length", truncation=True, max_length=tokens,
                        return_tensors="pt"))
         for start in range(0, len(filled), batch)
     ]  # fmt: skip

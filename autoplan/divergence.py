@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -40,15 +41,45 @@ class Terms:
         numerator, denominator = self.values.sum(axis=0)
         return float(numerator / denominator) if denominator else float(numerator)
 
-    def estimate(self, seed: int = 0, resamples: int = 1000) -> Estimate:
-        """The divergence with a 95 % bootstrap interval over samples (percentile method, Efron 1979)."""
+    def estimate(self, seed: int = 0) -> Estimate:
+        """The divergence with its 95 % interval over samples."""
+        low, high = self.quantiles((0.025, 0.975), seed)
+        return Estimate(self.divergence(), low, high)
+
+    def upper_bound(self, seed: int = 0) -> float:
+        """The one-sided 95 % upper bound of the divergence: what is held against a budget."""
+        return self.quantiles((0.95,), seed)[0]
+
+    def quantiles(self, levels: Sequence[float], seed: int = 0, resamples: int = 1000) -> list[float]:
+        """Confidence bounds of the divergence at `levels`: the studentized bootstrap over samples.
+
+        Unlike percentiles of resampled values it does not fall short where samples are few and skewed, as divergences
+        are (Hall, "Theoretical Comparison of Bootstrap Confidence Intervals", Annals of Statistics 16(3), 1988; the
+        standard error is that of a ratio of sums, linearised). It is cut to the range of the samples' own divergences,
+        without which a handful of samples would prove nothing.
+        """
+        value = self.divergence()
+        if not np.isfinite(value):
+            return [value] * len(levels)
         generator = np.random.default_rng(seed)
-        picks = generator.integers(len(self.values), size=(resamples, len(self.values)))
-        sums = self.values[picks].sum(axis=1)
-        ratios = sums[:, 0] / np.where(sums[:, 1], sums[:, 1], 1.0)
-        with np.errstate(invalid="ignore"):  # between two infinities numpy finds nan
-            low, high = np.nan_to_num(np.quantile(ratios, (0.025, 0.975)), nan=np.inf, posinf=np.inf)
-        return Estimate(self.divergence(), float(low), float(high))
+        picked = self.values[generator.integers(len(self.values), size=(resamples, len(self.values)))]
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            error, (ratios, errors) = _ratio(self.values)[1], _ratio(picked)
+            off = np.nan_to_num((ratios - value) / errors, nan=0.0)  # 0 / 0: the sample itself was drawn again
+            bounds = value - np.quantile(off, [1 - level for level in levels], method="lower") * error
+        own = _ratio(self.values[:, None, :])[0]
+        cut: list[float] = np.clip(np.nan_to_num(bounds, nan=value), own.min(), own.max()).tolist()
+        return cut
+
+
+def _ratio(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sum of numerators / sum of denominators of samples [..., samples, 2], and the standard error of that."""
+    n = values.shape[-2]
+    sums = values.sum(axis=-2)
+    below = np.where(sums[..., 1], sums[..., 1], 1.0)
+    ratio = sums[..., 0] / below
+    residuals = values[..., 0] - ratio[..., None] * values[..., 1]
+    return ratio, np.sqrt((residuals**2).sum(axis=-1) * n / max(n - 1, 1)) / below
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +184,18 @@ def compare(model: nn.Module, against: Sequence[Reference], picker: OutputPicker
     rows = []
     for reference in against:
         output, _ = main_output(call(model, reference.model_input), picker)
-        rows.append(_terms(reference, output))
+        rows.append(terms(reference, output))
     return Terms(np.concatenate(rows))
+
+
+def argument(model: nn.Module, model_input: ModelInput, name: str) -> Any:
+    """What the model was given under this name, by keyword or by position; None for nothing."""
+    if name in model_input.kwargs or not model_input.args:
+        return model_input.kwargs.get(name)
+    try:
+        return inspect.signature(model.forward).bind(*model_input.args, **model_input.kwargs).arguments.get(name)
+    except (TypeError, ValueError):
+        return None
 
 
 def _attention_mask(model: nn.Module, model_input: ModelInput, output: Tensor) -> Tensor | None:
@@ -164,29 +205,30 @@ def _attention_mask(model: nn.Module, model_input: ModelInput, output: Tensor) -
     """
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or any(key.startswith("decoder_") for key in model_input.kwargs):
-        mask = model_input.kwargs.get("decoder_attention_mask")  # the other mask is for the encoder's tokens
+        mask = argument(model, model_input, "decoder_attention_mask")  # the other mask is for the encoder's tokens
     else:
-        mask = model_input.kwargs.get("attention_mask")
-    if mask is None and model_input.args:
-        try:
-            bound = inspect.signature(model.forward).bind(*model_input.args, **model_input.kwargs)
-            mask = bound.arguments.get("attention_mask")
-        except (TypeError, ValueError):
-            return None
+        mask = argument(model, model_input, "attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and output.dim() >= 3 and mask.shape == output.shape[:2]:
         return mask.to(output.device).bool()
     return None
 
 
-def _terms(reference: Reference, output: Tensor) -> NDArray[np.float64]:
+def kl_by_position(reference: Reference, output: Tensor) -> Tensor:
+    """KL(float || changed) of logits in nats, [batch] or [batch, tokens]; what the mask hides is among them."""
+    y, q = F.log_softmax(reference.output.float(), -1), F.log_softmax(output.float(), -1)
+    kl = F.kl_div(q, y, reduction="none", log_target=True).sum(-1)
+    return kl.clamp_min(0)  # KL is never negative (Gibbs); its rounding is
+
+
+def terms(reference: Reference, output: Tensor) -> NDArray[np.float64]:
+    """Numerator and denominator of the divergence of one output, a row per sample: [samples, 2]."""
     y, q = reference.output.float(), output.float()
     if y.shape != q.shape:
         raise AutoplanError(f"the model's output changed its shape from {list(y.shape)} to {list(q.shape)}")
     if y.dim() < 2:
         y, q = y.reshape(1, -1), q.reshape(1, -1)
     if reference.logits:
-        numerator = F.kl_div(F.log_softmax(q, -1), F.log_softmax(y, -1), reduction="none", log_target=True).sum(-1)
-        numerator = numerator.clamp_min(0)  # KL is never negative (Gibbs); its rounding is
+        numerator = kl_by_position(reference, output)
         denominator = torch.ones_like(numerator)
     else:
         numerator, denominator = (y - q).square().sum(-1), y.square().sum(-1)
@@ -198,6 +240,18 @@ def _terms(reference: Reference, output: Tensor) -> NDArray[np.float64]:
     # a changed model that gives NaN is infinitely far away; it must never look close
     result: NDArray[np.float64] = torch.nan_to_num(pair.double(), nan=torch.inf, posinf=torch.inf).cpu().numpy()
     return result
+
+
+def unmasked(reference: Reference) -> int:
+    """How many positions of the output count: tokens, or samples where each has one output."""
+    if reference.mask is not None:
+        return int(reference.mask.sum())
+    return math.prod(reference.output.shape[:-1])
+
+
+def weight(against: Sequence[Reference]) -> float:
+    """The denominator of the divergence from these outputs: tokens for logits, else their squared norm."""
+    return float(sum(terms(reference, reference.output)[:, 1].sum() for reference in against))
 
 
 def _like(mask: Tensor, values: Tensor) -> Tensor:
@@ -242,12 +296,12 @@ def _batch_size(item: ModelInput) -> int:
     return tensors[0].shape[0] if tensors else 1
 
 
-def _cut(model: nn.Module, item: ModelInput) -> list[ModelInput]:
-    """One batch as three, if its tensors share a first dimension of at least three and the model bears it."""
+def _cut(model: nn.Module, item: ModelInput, parts: int = 3) -> list[ModelInput]:
+    """One batch as several, if its tensors share a first dimension of at least so many and the model bears it."""
     size = _batch_size(item)
-    if size < 3:
+    if size < parts or parts < 2:
         return [item]
-    bounds = [0, size // 3, 2 * size // 3, size]
+    bounds = [size * i // parts for i in range(parts + 1)]
     pieces = []
     for low, high in itertools.pairwise(bounds):
         args, kwargs = tree_map(
@@ -264,3 +318,17 @@ def _cut(model: nn.Module, item: ModelInput) -> list[ModelInput]:
         return [item]
     as_expected = [torch.Size((high - low, *whole[1:])) for low, high in itertools.pairwise(bounds)]
     return pieces if whole and whole[0] == size and shapes == as_expected else [item]
+
+
+def in_parts(model: nn.Module, reference: Reference, parts: int) -> list[Reference]:
+    """The reference as so many of fewer samples each, where the model bears smaller batches; else as it is."""
+    pieces = _cut(model, reference.model_input, min(parts, _batch_size(reference.model_input)))
+    if len(pieces) == 1 or len(reference.output) != _batch_size(reference.model_input):
+        return [reference]
+    sizes = [_batch_size(piece) for piece in pieces]
+    masks = [None] * len(sizes) if reference.mask is None else list(reference.mask.split(sizes))
+    outputs = reference.output.split(sizes)
+    return [
+        replace(reference, model_input=piece, output=output, mask=mask)
+        for piece, output, mask in zip(pieces, outputs, masks, strict=True)
+    ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +15,16 @@ from autoplan.kernels import packing
 from autoplan.kernels.ops import (
     LinearSpec,
     Packed,
+    Run,
     call_linear,
     find_kernel,
     pack_program,
     parse_program,
     unpack_program,
 )
+
+if TYPE_CHECKING:
+    from autoplan.siblings import Siblings
 
 
 class PlannedLinear(nn.Module):
@@ -30,6 +36,8 @@ class PlannedLinear(nn.Module):
     the canonical tensors themselves are held until real ones are loaded. Moved to a kind of device that the program's
     kernels do not run on, the layer runs the candidate's most general kernel there.
 
+    One that became a sibling (see `siblings`) holds no weight of its own while all of them hold theirs as one.
+
     Attributes:
         candidate: name of the numeric recipe.
         program: from how many rows on which kernel runs, such as "1:int8pack,24:dequantize_int8".
@@ -37,6 +45,8 @@ class PlannedLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    _siblings: Siblings | None = None
+    _place = 0  # among the siblings
 
     def __init__(
         self,
@@ -54,7 +64,9 @@ class PlannedLinear(nn.Module):
         self.out_features, self.in_features = size
         self.dtype = dtype
         self.register_parameter("bias", bias)
-        self._hold(canonical)
+        self._packed: Packed | None = None
+        self._inline: Run | None = None
+        self.hold(canonical)
 
     @classmethod
     def from_linear(cls, name: str, linear: nn.Linear, candidate: Candidate, program: str) -> PlannedLinear:
@@ -97,16 +109,24 @@ class PlannedLinear(nn.Module):
         """Take over the train flag, the user's hooks and own attributes of the layer that this one stands in for."""
         self.training = linear.training
         for attribute, value in vars(linear).items():
-            if not attribute.startswith("_") and attribute not in vars(self):
+            if not attribute.startswith("_") and attribute not in (*vars(self), "forward"):
                 setattr(self, attribute, value)
         for attribute in vars(linear):
             if attribute.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
                 object.__setattr__(self, attribute, getattr(linear, attribute))
+        if "_hf_hook" in vars(linear):  # accelerate's, which brings inputs to the device of the layer
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(self, vars(linear)["_hf_hook"])
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = self.dtype
-        if torch.is_autocast_enabled(input.device.type):
+        autocast = torch.is_autocast_enabled(input.device.type)
+        if autocast:
             dtype = torch.get_autocast_dtype(input.device.type)
+        if (siblings := self._siblings) is not None and (whole := siblings.whole) is not None:
+            return own_piece(siblings.piece(whole, self._place, input, dtype), self.bias)
+        if autocast:
             input = input.to(dtype)
         if input.dtype != dtype or input.shape[-1] != self.in_features:
             raise RuntimeError(
@@ -126,22 +146,51 @@ class PlannedLinear(nn.Module):
     def weight(self) -> Tensor:
         """The float weight [out_features, in_features] that this layer stands for, computed anew at each access."""
         if self._packed is None:
-            return packing.dequantize(self._canonical, self.dtype)
+            return packing.dequantize(self.canonical(), self.dtype)
         size = (self.out_features, self.in_features)
         weight: Tensor = torch.ops.autoplan.dense_weight(self._packed, self._running, size, self.dtype)
         return weight
 
     def canonical(self) -> packing.Canonical:
         """The canonical tensors, as `state_dict()` shows them."""
-        if self._packed is None:
-            return dict(self._canonical)
-        return unpack_program(self._running, self._packed)
+        if self._packed is not None:
+            return unpack_program(self._running, self._packed)
+        if (siblings := self._siblings) is not None and siblings.whole is not None:
+            start, stop = siblings.bounds[self._place]
+            # clones: who saves a view saves all that it is a view of
+            return {key: tensor[start:stop].clone() for key, tensor in siblings.whole.canonical().items()}
+        return dict(self._canonical)
 
     def nbytes(self) -> int:
         """Bytes that the weight takes in memory (bias not counted): what the kernels hold, each tensor once."""
+        if (siblings := self._siblings) is not None and siblings.whole is not None:  # its share of the whole
+            return round(siblings.whole.nbytes() * self.out_features / siblings.whole.out_features)
         return packing.nbytes(list(self._packed or self._canonical.values()))
 
-    def _hold(self, canonical: packing.Canonical) -> None:
+    def become_sibling(self, siblings: Siblings | None, place: int = 0) -> None:
+        """Run as one with the others, as soon as all have become siblings; alone for None, or if the place is taken."""
+        self._siblings, self._place = siblings, place
+        if siblings is not None and not siblings.enter(place, self):
+            self._siblings = None
+
+    def placement(self) -> tuple[torch.device, torch.dtype] | None:
+        """Where the weight of its own is, and for which dtype; None if there is none, or only on the meta device."""
+        return None if self._packed is None else (self._packed[0].device, self.dtype)
+
+    def let_go(self) -> None:
+        """Hold no weight: the siblings do."""
+        self._packed, self._inline = None, None
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The weight held alone inside the block, to be changed; after it with the siblings', if they are alike."""
+        if self._siblings is not None:
+            self._siblings.scatter()
+        yield
+        if self._siblings is not None:
+            self._siblings.gather()
+
+    def hold(self, canonical: packing.Canonical) -> None:
         """Pack `canonical` for the kernels of the program; nothing changes if that fails."""
         running = self.program
         packed: Packed | None = None
@@ -174,8 +223,9 @@ class PlannedLinear(nn.Module):
         moved = fn(torch.empty(0, dtype=self.dtype, device=device))
         if moved.device != device or moved.dtype != self.dtype:
             follows_dtype = self.candidate == "none"
-            self._hold({key: fn(t) if follows_dtype else t.to(moved.device) for key, t in canonical.items()})
-            self.dtype = moved.dtype
+            with self._alone():
+                self.hold({key: fn(t) if follows_dtype else t.to(moved.device) for key, t in canonical.items()})
+                self.dtype = moved.dtype
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -214,7 +264,8 @@ class PlannedLinear(nn.Module):
         device = next(iter(held.values())).device
         if device.type == "meta":  # as load_state_dict(assign=True) does: take the file's tensors where they are
             device = next(iter(loaded.values())).device
-        self._hold({key: tensor.detach().to(device, copy=True) for key, tensor in loaded.items()})
+        with self._alone():
+            self.hold({key: tensor.detach().to(device, copy=True) for key, tensor in loaded.items()})
 
     def __getstate__(self) -> dict[str, Any]:
         """Plain tensors only: oneDNN's packed weights can be neither copied nor saved, and float8 not pickled."""
@@ -225,10 +276,22 @@ class PlannedLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         dtypes = state.pop("_dtypes")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._hold({key: tensor.view(dtypes[key]) for key, tensor in state["_canonical"].items()})
+        self.hold({key: tensor.view(dtypes[key]) for key, tensor in state["_canonical"].items()})
+        if self._siblings is not None:  # new ones if they were copied too; or the same, with the place taken
+            self.become_sibling(self._siblings, self._place)
 
     def extra_repr(self) -> str:
+        kernels = f"kernels={self.program}"
+        if self._siblings is not None and self._siblings.whole is not None:
+            kernels = f"as one with {self._siblings.label}, kernels={self._siblings.program}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"candidate={self.candidate}, kernels={self.program}"
+            f"candidate={self.candidate}, {kernels}"
         )
+
+
+def own_piece(piece: Tensor, bias: Tensor | None) -> Tensor:
+    """A layer's output from its piece of a larger one: with its bias, contiguous, and free to be changed in place."""
+    if bias is not None:
+        return (piece + bias).to(piece.dtype)
+    return piece.clone(memory_format=torch.contiguous_format) if piece.requires_grad else piece.contiguous()

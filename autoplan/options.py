@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from autoplan import benchmark
-from autoplan.benchmark import BASELINE, MARGIN, Contender, Key
+from autoplan.arms import Contender
+from autoplan.benchmark import BASELINE, MARGIN, Key
 from autoplan.candidates import Candidate
 from autoplan.kernels.ops import DEQUANTIZE, Kernel, LinearSpec, find_kernel, parse_program
 from autoplan.records import Device, LayerPlan, LayerProfile, Measurement, Option, Sensitivity, Shape
@@ -92,16 +93,13 @@ def _variants(kernel: Kernel, spec: LinearSpec, rows: int) -> Sequence[Kernel]:
 def with_times(menu: Menu, found: Mapping[Key, Measurement], rules: Rules) -> LayerPlan:
     """The layer with every candidate's time, those rejected that cannot win. Nothing is chosen yet (`none` stands)."""
     profile = menu.profile
-    calls = {
-        shape: sum(rules.call_weights.get(workload, 1.0) * count for workload, count in counts.items())
-        for shape, counts in benchmark.shapes_of(profile, rules.mode).items()
-    }
+    calls = weighted_calls(profile, rules)
     plain = [found.get((shape, *BASELINE)) for shape in calls]
     baseline_us = sum(m.baseline_us * times for m, times in zip(plain, calls.values(), strict=True) if m)
     options = [Option(candidate.name, rejected=reason) for candidate, reason in menu.rejected.items()]
     for candidate in menu.kernels:
         if all(plain):
-            option = _timed(candidate, found, calls, rules.batch_invariant)
+            option = timed(candidate, found, calls, rules.batch_invariant)
             mode = _only_mode(candidate, option)
             if mode is not None and mode in menu.kernels and candidate.name != rules.pinned.get(profile.name):
                 option = Option(candidate.name, rejected=f"at these rows it is {mode.name}")
@@ -128,13 +126,19 @@ def with_times(menu: Menu, found: Mapping[Key, Measurement], rules: Rules) -> La
         reason="",
         options=tuple(_gate(options, baseline_us, rules.pinned.get(profile.name), rules.wants_bytes)),
         group=rules.group_of.get(profile.name, ""),
+        siblings=profile.siblings,
     )
 
 
 def with_scores(
     layer: LayerPlan, scores: Mapping[tuple[str, str], Sensitivity], nbytes: Callable[[LayerPlan, Option], int]
 ) -> LayerPlan:
-    """The layer with every open option's harm, SQNR and bytes, those rejected that fall below the SQNR floor."""
+    """The layer with every open option's harm, SQNR and bytes, those rejected that fall below the SQNR floor.
+
+    A layer that changes nothing in the output that is judged stays as it is, unless it is pinned: somebody may use what
+    it does change, and how much that is off, nothing tells.
+    """
+    pinned = bool(layer.option("none").rejected)
     options = []
     for option in layer.options:
         if option.rejected:
@@ -144,14 +148,14 @@ def with_scores(
         else:
             score = scores.get((layer.name, option.candidate))
             options.append(
-                _scored(replace(option, nbytes=nbytes(layer, option)), score)
+                _scored(replace(option, nbytes=nbytes(layer, option)), score, pinned)
                 if score
                 else replace(option, rejected="not scored: max_seconds ran out")
             )
     return replace(layer, options=tuple(options))
 
 
-def _scored(option: Option, score: Sensitivity) -> Option:
+def _scored(option: Option, score: Sensitivity, pinned: bool) -> Option:
     option = replace(
         option,
         harm=score.harm if math.isfinite(score.harm) else None,
@@ -160,10 +164,22 @@ def _scored(option: Option, score: Sensitivity) -> Option:
     if score.sqnr_db < SQNR_FLOOR_DB:
         shown = "not finite" if option.sqnr_db is None else f"{score.sqnr_db:.1f} dB, below {SQNR_FLOOR_DB:.0f} dB"
         return replace(option, rejected=f"SQNR on recorded rows is {shown}")
-    return option if option.harm is not None else replace(option, rejected="the model's output is not finite with it")
+    if option.harm is None:
+        return replace(option, rejected="the model's output is not finite with it")
+    if option.harm == 0 and score.sqnr_db < SHOWN_DB and not pinned:
+        return replace(option, rejected="it does not reach the output that is judged: see output= and pin=")
+    return option
 
 
-def _timed(
+def weighted_calls(profile: LayerProfile, rules: Rules) -> dict[Shape, float]:
+    """How often the layer is called at each shape in one forward of the model, or of all workloads times weights."""
+    return {
+        shape: sum(rules.call_weights.get(workload, 1.0) * count for workload, count in counts.items())
+        for shape, counts in benchmark.shapes_of(profile, rules.mode).items()
+    }
+
+
+def timed(
     candidate: Candidate, found: Mapping[Key, Measurement], calls: Mapping[Shape, float], batch_invariant: bool
 ) -> Option:
     """The candidate on its best kernels: one for all rows, unless several are faster by more than the margin."""

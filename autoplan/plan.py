@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from autoplan import report as report_room
 from autoplan.cache import codec
 from autoplan.cache.typed import from_plain, to_plain
 from autoplan.errors import BudgetError, CacheError
-from autoplan.records import FrontierPoint, LayerPlan, LeftAlone, Outcome
-from autoplan.selection import FLOAT_BYTES, Budget, choose, float_bytes
+from autoplan.records import FrontierPoint, LayerPlan, LeftAlone, Option, Outcome
+from autoplan.selection import FLOAT_BYTES, Budget, choose, choosing, float_bytes
 
 SCHEMA = 1
 MIGRATIONS: dict[int, codec.Migration] = {}  # files of every schema from 1 on stay readable
 
 _KERNEL = r"[1-9]\d{0,8}:[\w.]+(@[\w.]+)?"
 _PROGRAM = re.compile(rf"{_KERNEL}(,{_KERNEL})*")
+
+_Revalidator = TypeVar("_Revalidator", bound=Callable[..., "Plan"])
+_revalidators: list[
+    Callable[..., Plan]
+] = []  # the one that `revalidates` was given: timing is not for this room to know
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Plan:
     planning_seconds: dict[str, float]  # stage -> seconds
     kappa: float = 1.0  # where there is no outcome to tell it: that of the plan this is another point of
     stale: tuple[str, ...] = field(default=(), compare=False)  # how the environment it runs in differs from its own
+    revalidated: tuple[str, ...] = ()  # what `revalidate` found and changed, where this plan comes from it
     schema: int = field(default=SCHEMA)
 
     @property
@@ -51,7 +58,11 @@ class Plan:
 
     @property
     def predicted_divergence(self) -> float:
-        return self._kappa() * sum(layer.choice.harm or 0.0 for layer in self.layers)
+        return sum(self.scaled_harm(layer.choice) for layer in self.layers)
+
+    def scaled_harm(self, option: Option) -> float:
+        """What an option adds to the predicted divergence: kappa times its harm."""
+        return self._kappa() * (option.harm or 0.0)
 
     @property
     def nbytes(self) -> int:
@@ -83,10 +94,29 @@ class Plan:
         else:
             budget = Budget(divergence=divergence, nbytes=nbytes)
         choice = choose(self.layers, budget, kappa)
-        layers = tuple(_rechosen(layer, name) for layer, name in zip(self.layers, choice.candidates, strict=True))
+        layers = tuple(map(_rechosen, self.layers, choosing(self.layers, choice.candidates)))
         return replace(
             self, layers=layers, budget=budget, gap=choice.gap, price_us=choice.price_us, outcome=None, kappa=kappa
         )
+
+    def revalidate(self, model: Any, inputs: Any = None, **options: Any) -> Plan:
+        """This plan made one of the environment here, in seconds: what it chose is timed anew, and kept where it holds.
+
+        At each shape that was recorded, the choice, its fastest open rival and plain `F.linear` are timed (what is in
+        the cache is not). A choice stays unless it cannot run here, or another is surely faster; then the plan is
+        solved anew, from the harms that it holds, within the budget. The new plan has the environment of here, is not
+        stale, and lists in `revalidated`, which its report shows, what has changed. This plan is left as it is.
+
+        Args:
+            model: the float model that the plan was made for, with its weights; it is left as it is.
+            inputs: as `example_inputs` of `autoplan`. With these, the divergence of the whole is measured, and its
+                speed against the float model; without, both are as predicted. Where the plan surely breaks its budget
+                here, or is surely slower as a whole, every layer stays float.
+            output, cache, progress, seed: as for `autoplan`.
+
+        Raises PlanMismatchError when it is another model; CandidateError when a pinned choice cannot run here.
+        """
+        return _revalidators[-1](self, model, inputs, **options)
 
     def _kappa(self) -> float:
         return self.outcome.kappa if self.outcome else self.kappa
@@ -108,15 +138,16 @@ class Plan:
         for layer in plan.layers:
             if layer.chosen not in [option.candidate for option in layer.options]:
                 raise CacheError(f"plan.layers {layer.name!r}: chose {layer.chosen!r}, which is not among its options")
-            if not _PROGRAM.fullmatch(layer.choice.program):
-                raise CacheError(f"plan.layers {layer.name!r}: {layer.choice.program!r} is no program of kernels")
+            for option in (layer.choice, layer.option(layer.chosen)):  # as it runs with its siblings, and alone
+                if not _PROGRAM.fullmatch(option.program):
+                    raise CacheError(f"plan.layers {layer.name!r}: {option.program!r} is no program of kernels")
             if layer.dtype not in FLOAT_BYTES:
                 raise CacheError(
                     f"plan.layers {layer.name!r}: dtype {layer.dtype!r} is none of {', '.join(FLOAT_BYTES)}"
                 )
         return plan
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a path or URL ending in `.json` (readable) or `.pkl` (pickle of builtins). Raises CacheError.
 
         The file is `to_dict()` and a digest of it, so that no changed letter goes unseen.
@@ -124,12 +155,18 @@ class Plan:
         codec.write(path, codec.sealed(self.to_dict()))
 
     @classmethod
-    def load(cls, path: str | Path) -> Plan:
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read what `save` wrote, from a path or URL.
 
         Raises CacheError when it is missing, damaged, hostile or of a newer schema.
         """
         return cls.from_dict(codec.read(path))
+
+
+def revalidates(function: _Revalidator) -> _Revalidator:
+    """Make `function(plan, model, inputs, **options)` what `Plan.revalidate` does. Returns it."""
+    _revalidators[:] = [function]
+    return function
 
 
 def _check_fingerprints(fingerprints: dict[str, Any]) -> None:
@@ -146,6 +183,6 @@ def _check_fingerprints(fingerprints: dict[str, Any]) -> None:
             raise CacheError(f"{path}.model.layers.{name} must be a mapping")
 
 
-def _rechosen(layer: LayerPlan, name: str) -> LayerPlan:
-    reason = layer.reason if name == layer.chosen else "chosen by plan.at(), not measured on the whole model"
-    return replace(layer, chosen=name, reason=reason)
+def _rechosen(before: LayerPlan, layer: LayerPlan) -> LayerPlan:
+    same = (layer.chosen, layer.runs_fused) == (before.chosen, before.runs_fused)
+    return layer if same else replace(layer, reason="chosen by plan.at(), not measured on the whole model")

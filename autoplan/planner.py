@@ -8,64 +8,59 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from autoplan import benchmark, options, sensitivity, validate
-from autoplan.apply import apply_plan, stand_ins, swapped
-from autoplan.benchmark import Progress
+from autoplan import benchmark, fusion, options, priorities, rescale, sensitivity, validate
+from autoplan.apply import apply_plan, stand_ins, stand_ins_of
+from autoplan.arms import Contender
+from autoplan.benchmark import Key, Progress
 from autoplan.cache import fingerprint
 from autoplan.cache.store import PlanCache, entry, resolve
 from autoplan.candidates import Candidate
+from autoplan.distributed import Ranks, from_leader, in_shares, together
 from autoplan.divergence import OutputPicker, Reference, references, split_inputs, undisturbed
 from autoplan.errors import AutoplanError, CacheError, RecordingError
+from autoplan.fisher import Loss
 from autoplan.options import Rules
 from autoplan.plan import Plan
 from autoplan.recorder import Recording, as_calls, device_of_model, record, refuse_planned, unwrap
 from autoplan.records import (
     COMPILED,
     EAGER,
+    NO_DIVERGENCE,
     WITHOUT_GRAPHS,
-    Estimate,
     LayerPlan,
     LayerProfile,
+    LeftAlone,
+    Measurement,
     Option,
     Outcome,
     Sensitivity,
+    Shape,
 )
-from autoplan.request import Evaluate, Patterns, Request, device_of
+from autoplan.request import Distributed, Evaluate, Patterns, Request, device_of
 from autoplan.selection import (
     PLAIN,
     Budget,
-    Choice,
-    best_uniform,
-    choose,
-    choosing,
-    explained,
     float_bytes,
     frontier,
-    is_plain,
-    keep_float,
-    total_harm,
-    total_us,
 )
+from autoplan.sensitivity import Subject
+from autoplan.validate import Whole
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _logger = logging.getLogger("autoplan")
 _planning_lock = threading.RLock()
 
-_STRATEGY = "sweep"
-_ROUNDS = 3
-_FIRST_KAPPA = 1.15  # the whole does a little more harm than its parts add up to (median 1.13 over many models)
-_WHOLE_MODEL_SECONDS = 20.0
-_EVALUATE_TOLERANCE = 0.01  # of the float model's score, where the caller names none
+_TIMING_SHARE, _SCORING_SHARE = 0.5, 0.8  # of max_seconds, by when timing and scoring have to be done
 
 
 def autoplan(
@@ -79,6 +74,7 @@ def autoplan(
     pin: Mapping[str, str] | None = None,
     groups: Sequence[Patterns] | None = None,
     output: OutputPicker | None = None,
+    loss: Loss | None = None,
     evaluate: Evaluate | None = None,
     cache: PlanCache | str | Path | bool | None = None,
     compiled: bool | None = None,
@@ -86,6 +82,8 @@ def autoplan(
     max_seconds: float | None = None,
     progress: Progress | bool | None = None,
     seed: int = 0,
+    strict: bool = False,
+    distributed: Distributed = None,
 ) -> Model:
     """Give every Linear of `model` the fastest candidate that keeps the model's output inside `budget`, in place.
 
@@ -102,6 +100,8 @@ def autoplan(
         pin: {glob: candidate}, forced on the layers that match, however slow (but never below 10 dB SQNR).
         groups: each item a glob, or several, whose layers must get one candidate.
         output: picks the output tensor that the divergence is measured on.
+        loss: `callable(what the model returns) -> Tensor`, one number, a mean over tokens or samples: harm is predicted
+            from its gradient (the empirical Fisher) instead of labels drawn from the model's own output.
         evaluate: `callable(model) -> float`, higher is better, or `(callable, tolerance)`: the last judge of the plan.
         cache: a `PlanCache`, a folder, file or fsspec URL, None for the user's own cache folder, False for none.
         compiled: whether the model will run compiled, on CUDA with CUDA graphs; None: exactly if it is wrapped by
@@ -110,13 +110,19 @@ def autoplan(
         max_seconds: stop measuring after about this long and plan with what is known.
         progress: None shows a bar on a terminal, False nothing; or `callable(stage, done, total)`.
         seed: of every random choice.
+        strict: the plan's digests of the weights cover every byte (1 to 3 s per GB), for `apply_plan(weights="strict")`
+            and against changes made on purpose, rather than a sample.
+        distributed: who plans together. None: all ranks, where torch.distributed is initialised, and all of them have
+            to call this: they share the measuring, and get one plan, made on what the first of them recorded; what
+            fails on one fails on all. False: this process alone. "per device": as None, with a plan for each kind of
+            device, where None refuses ranks that are unlike. A process group: its ranks.
 
     Raises:
         AutoplanError: an argument cannot be used; the message says which, and the remedy.
     """
     request = Request(
-        budget, candidates, include, exclude, pin, groups, output, evaluate, cache, compiled, batch_invariant,
-        max_seconds, progress, seed,
+        budget, candidates, include, exclude, pin, groups, output, loss, evaluate, cache, compiled, batch_invariant,
+        max_seconds, progress, seed, strict, distributed,
     )  # fmt: skip
     if not isinstance(model, nn.Module):
         raise AutoplanError(
@@ -135,10 +141,12 @@ def autoplan(
         _FirstCall(model, request)
         return model
     calls = as_calls(example_inputs)
-    with record(root, seed=seed) as recording, undisturbed(root):
-        for args, kwargs in calls:
-            root(*args, **kwargs)
-    return apply_plan(model, _make_plan(model, recording, request), weights="skip")
+    with together(distributed) as ranks:
+        with record(root, seed=seed) as recording, undisturbed(root):
+            for args, kwargs in calls:
+                root(*args, **kwargs)
+        plan = _make_plan(model, recording, request, ranks)
+    return apply_plan(model, plan, weights="skip")
 
 
 def make_plan(
@@ -152,6 +160,7 @@ def make_plan(
     pin: Mapping[str, str] | None = None,
     groups: Sequence[Patterns] | None = None,
     output: OutputPicker | None = None,
+    loss: Loss | None = None,
     evaluate: Evaluate | None = None,
     cache: PlanCache | str | Path | bool | None = None,
     compiled: bool | None = None,
@@ -159,16 +168,19 @@ def make_plan(
     max_seconds: float | None = None,
     progress: Progress | bool | None = None,
     seed: int = 0,
+    strict: bool = False,
+    distributed: Distributed = None,
 ) -> Plan:
     """Plan `model` on what `recording` saw, and change nothing. Arguments and errors as for `autoplan`."""
     request = Request(
-        budget, candidates, include, exclude, pin, groups, output, evaluate, cache, compiled, batch_invariant,
-        max_seconds, progress, seed,
+        budget, candidates, include, exclude, pin, groups, output, loss, evaluate, cache, compiled, batch_invariant,
+        max_seconds, progress, seed, strict, distributed,
     )  # fmt: skip
-    return _make_plan(model, recording, request)
+    with together(distributed) as ranks:
+        return _make_plan(model, recording, request, ranks)
 
 
-def _make_plan(model: nn.Module, recording: Recording, request: Request) -> Plan:
+def _make_plan(model: nn.Module, recording: Recording, request: Request, ranks: Ranks) -> Plan:
     root = unwrap(model)
     refuse_planned(root)
     if not isinstance(recording, Recording) or recording.model is not root:
@@ -184,7 +196,7 @@ def _make_plan(model: nn.Module, recording: Recording, request: Request) -> Plan
         _progress(request.progress) as progress,
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),  # where kernels are timed
     ):
-        return _Planning(_replica(root), recording, request, mode, progress).run()
+        return _Planning(_replica(root), recording, request, mode, progress, ranks).run()
 
 
 def _mode(model: nn.Module, compiled: bool) -> str:
@@ -202,7 +214,10 @@ def _replica(model: nn.Module) -> nn.Module:
 
     Buffers are its own. A model that cannot be copied is tried out in place; what is swapped in is always taken out.
     """
-    shared = {id(parameter): parameter for parameter in model.parameters()}
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    for module in model.modules():  # weights that accelerate offloads: not parameters, between calls
+        offloaded = getattr(vars(module).get("_hf_hook"), "weights_map", None)
+        shared[id(offloaded)] = offloaded
     try:
         return copy.deepcopy(model, dict(shared))
     except Exception as error:
@@ -219,6 +234,7 @@ class _Planning:
     request: Request
     mode: str
     progress: Progress
+    ranks: Ranks
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -233,34 +249,64 @@ class _Planning:
             self.cache = resolve(request.cache)
             profiles, left_alone = request.layers(recording)
             self.pinned, group_of = request.pinned(profiles), request.group_of(profiles)
-            self.prints = request.fingerprints(self.model, recording, profiles, self.mode)
-        if plan := self._known_plan():
+            own = request.fingerprints(self.model, recording, profiles, self.mode)
+            self.prints = self.ranks.meet(own, device_of_model(self.model), recording.sizes())
+            profiles, weights = self.ranks.from_first(lambda: (profiles, recording.call_weights()))
+            if not request.wants_bytes:  # of bytes a layer may have many that takes no time
+                profiles, small = priorities.worth_planning(profiles, weights, group_of, self.pinned)
+                left_alone += small
+        if plan := self.ranks.from_first(self._known_plan):
             return plan
         with self._stage("timing"):
-            rules = Rules(
-                self.mode, recording.call_weights(), self.pinned, group_of, request.wants_bytes, request.batch_invariant
-            )
+            rules = Rules(self.mode, weights, self.pinned, group_of, request.wants_bytes, request.batch_invariant)
             layers = self._timed(profiles, rules)
+        if self.ranks.hold_shards:
+            with undisturbed(self.model, eager=False):
+                return from_leader(self.ranks, self.model, lambda: self._decided(layers, profiles, left_alone))
+        return self.ranks.from_first(lambda: self._decided(layers, profiles, left_alone))
+
+    def _decided(
+        self, layers: list[LayerPlan], profiles: Sequence[LayerProfile], left_alone: Sequence[LeftAlone]
+    ) -> Plan:
+        """The plan, once it is known what each option gains."""
+        request, recording = self.request, self.recording
         with self._stage("scoring"), undisturbed(self.model):
             split = split_inputs(self.model, recording.inputs)
             if not split.held_out:
                 self.notes.append("not held out: a single sample had to serve scoring and validation alike")
             scoring = references(self.model, split.scoring, request.output)
             budget = Budget.of(request.budget, scoring[0].logits)
-            scores = self._scores(layers, profiles, scoring)
+            scores = self._scores(layers, profiles, scoring, budget.divergence)
             sizes: dict[Any, int] = {}
             layers = [
                 options.with_scores(layer, scores, lambda layer, option: self._nbytes(sizes, layer, option))
                 for layer in layers
             ]
+        whole = Whole(
+            self.model, self._stand_ins, recording.inputs, recording.weights, request.output, self.mode, request.seed
+        )
         with self._stage("validation"), undisturbed(self.model):
             validation = references(self.model, split.validation, request.output)
             final = references(self.model, split.final, request.output)
-            chosen, choice, kappa, rounds = self._solve(layers, budget, validation)
-            divergence = self._divergence(chosen, final)
+            settled = rescale.within_budget(
+                layers,
+                budget,
+                lambda plan: whole.measure(plan, validation),
+                seed=request.seed,
+                seconds_left=self._seconds_left,
+                progress=lambda done, total: self.progress("validation", done, total),
+            )
         with self._stage("whole model"):
-            outcome = Outcome(None, "", None, divergence, scoring[0].logits, split.held_out, kappa, rounds)
-            decided, outcome = self._do_no_harm(chosen, budget, outcome, final)
+            self.progress("whole model", 0, 1)
+            outcome = Outcome(
+                None, "", None, NO_DIVERGENCE, scoring[0].logits, split.held_out, settled.kappa, settled.rounds,
+                (*self.notes, *settled.notes),
+            )  # fmt: skip
+            decided, outcome = validate.do_no_harm(
+                whole, settled.layers, budget, outcome, final,
+                judge=request.judge, pinned=self.pinned, seconds_left=self._seconds_left,
+            )  # fmt: skip
+            self.progress("whole model", 1, 1)
         self.seconds["total"] = time.monotonic() - self.began
         plan = Plan(
             layers=tuple(decided),
@@ -269,10 +315,10 @@ class _Planning:
             workloads=dict(recording.weights),
             mode=self.mode,
             fingerprints=self.prints,
-            frontier=frontier(layers, kappa),
-            gap=choice.gap,
-            price_us=choice.price_us,
-            outcome=replace(outcome, notes=tuple(self.notes)),
+            frontier=frontier(settled.options, settled.kappa),
+            gap=settled.gap,
+            price_us=settled.price_us,
+            outcome=outcome,
             planning_seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
         )
         if self._seconds_left() > 0 and (cache := self._plan_cache()):
@@ -285,9 +331,10 @@ class _Planning:
         yield
         self.seconds[name] = time.monotonic() - began
 
-    def _seconds_left(self) -> float:
+    def _seconds_left(self, share: float = 1.0) -> float:
+        """Until this share of `max_seconds` is over: a stage that took all of it would leave the next one nothing."""
         limit = self.request.max_seconds
-        return math.inf if limit is None else self.began + limit - time.monotonic()
+        return math.inf if limit is None else self.began + share * limit - time.monotonic()
 
     # What is known already.
 
@@ -311,67 +358,46 @@ class _Planning:
     def _timed(self, profiles: Sequence[LayerProfile], rules: Rules) -> list[LayerPlan]:
         candidates = self.request.chosen_candidates()
         menus = [options.screen(profile, candidates, device_of(profile)) for profile in profiles]
-        found = benchmark.measure(
-            options.to_time(menus, self.mode, rules.batch_invariant),
+        wanted = priorities.largest_first(
+            options.to_time(menus, self.mode, rules.batch_invariant), profiles, rules.call_weights, self.mode
+        )
+        found = in_shares(self.ranks, wanted, self._measure)
+        layers = [options.with_times(menu, found, rules) for menu in menus]
+        found = in_shares(self.ranks, fusion.to_time(layers, menus, rules), self._measure)
+        return fusion.with_times(layers, menus, found, rules)
+
+    def _measure(self, wanted: Mapping[Shape, Sequence[Contender]], from_cache_only: bool) -> dict[Key, Measurement]:
+        return benchmark.measure(
+            wanted,
             self.prints["environment"],
             self.cache,
             seed=self.request.seed,
-            progress=self.progress,
-            seconds_left=self._seconds_left,
+            progress=None if from_cache_only else self.progress,
+            seconds_left=(lambda: 0.0) if from_cache_only else lambda: self._seconds_left(_TIMING_SHARE),
         )
-        return [options.with_times(menu, found, rules) for menu in menus]
 
     # Harm: what the candidates that are left do to the output.
 
     def _scores(
-        self, layers: Sequence[LayerPlan], profiles: Sequence[LayerProfile], scoring: Sequence[Reference]
+        self,
+        layers: Sequence[LayerPlan],
+        profiles: Sequence[LayerProfile],
+        scoring: Sequence[Reference],
+        limit: float | None,
     ) -> dict[tuple[str, str], Sensitivity]:
-        """A score for every open option, from the cache or measured now; fewer if max_seconds runs out."""
-        by_name = {profile.name: profile for profile in profiles}
-        scope = {name: self.prints[name] for name in ("model", "data", "environment")} | {
-            "strategy": _STRATEGY,
-            "output": self.prints["options"]["output"],
-            "seed": self.request.seed,
-        }
-        scores: dict[tuple[str, str], Sensitivity] = {}
-        trials, keys = [], {}
-        for layer in layers:
-            for option in layer.options:
-                if option.rejected or option.candidate == "none":
-                    continue
-                pair = (layer.name, option.candidate)
-                source = self.prints["options"]["candidates"][option.candidate]
-                keys[pair] = {**scope, "layer": layer.name, "program": option.program, "candidate": source}
-                if known := self._known_score(pair, keys[pair]):
-                    scores[pair] = known
-                else:
-                    trials.append(sensitivity.Trial(by_name[layer.name], option.candidate, option.program))
-        fresh: dict[str, Any] = {}
-        measured = sensitivity.STRATEGIES[_STRATEGY](self.model, trials, self.recording, scoring, self.request.output)
-        for done in range(len(trials)):
-            if self._seconds_left() <= 0:
-                self.notes.append(f"max_seconds ran out with {len(trials) - done} of {len(trials)} scores missing")
-                break
-            self.progress("scoring", done, len(trials))
-            score = next(measured)
-            pair = (score.layer, score.candidate)
-            scores[pair] = score
-            value = {"harm": _finite(score.harm), "sqnr_db": _finite(min(score.sqnr_db, options.SHOWN_DB))}
-            fresh.update([entry(keys[pair], value)])
-        if self.cache is not None and self._can_find_scores():
-            self.cache.put_many("sensitivities", fresh)
+        request = self.request
+        scores, notes = sensitivity.measure(
+            priorities.most_to_save_first(layers),
+            profiles,
+            Subject(self.model, self.recording, scoring, request.output, request.loss, request.seed),
+            self.prints,
+            self.cache if self._can_find_scores() else None,
+            limit=limit,
+            progress=self.progress,
+            seconds_left=lambda: self._seconds_left(_SCORING_SHARE),
+        )
+        self.notes += notes
         return scores
-
-    def _known_score(self, pair: tuple[str, str], key: Mapping[str, Any]) -> Sensitivity | None:
-        if self.cache is None or not self._can_find_scores():
-            return None
-        found = self.cache.get("sensitivities", fingerprint.digest(dict(key)))
-        if found is None:
-            return None
-        harm, sqnr = found["value"].get("harm"), found["value"].get("sqnr_db")
-        harm, sqnr = math.inf if harm is None else harm, -math.inf if sqnr is None else sqnr
-        sound = isinstance(harm, float) and isinstance(sqnr, float) and harm >= 0
-        return Sensitivity(*pair, harm, sqnr) if sound else None
 
     def _can_find_scores(self) -> bool:
         return bool(self.prints["data"]["digest"]) and self.request.names_its_question
@@ -386,152 +412,11 @@ class _Planning:
             sizes[key] = made[layer.name].nbytes()
         return sizes[key]
 
-    # Solve, measure, rescale, solve again.
-
-    def _solve(
-        self, layers: Sequence[LayerPlan], budget: Budget, validation: Sequence[Reference]
-    ) -> tuple[list[LayerPlan], Choice, float, int]:
-        """The fastest layers whose measured divergence keeps the budget; with the choice, kappa and rounds it took."""
-        kappa, best = _FIRST_KAPPA, None
-        tried: dict[tuple[str, ...], Estimate] = {}
-        for _ in range(_ROUNDS):
-            choice = choose(layers, budget, kappa)
-            if choice.candidates in tried:
-                break
-            self.progress("validation", len(tried), _ROUNDS)
-            chosen = choosing(layers, choice.candidates)
-            measured = tried[choice.candidates] = self._divergence(chosen, validation)
-            if budget.divergence is None:
-                return chosen, choice, kappa, 1
-            if total_harm(chosen):
-                kappa = min(max(measured.high / total_harm(chosen), 1e-9), 1e9)  # finite, also where the output is not
-            if measured.high <= budget.divergence and (best is None or total_us(chosen) < total_us(best[0])):
-                best = (chosen, choice, kappa)
-        if best is not None:
-            return *best, len(tried)
-        closest = min(tried.values(), key=lambda estimate: estimate.high)
-        self.notes.append(
-            f"no plan was inside the divergence budget of {budget.divergence:.3g} in {len(tried)} rounds (the closest "
-            f"measured {closest.value:.3g}, up to {closest.high:.3g}), so no layer is quantized"
-        )
-        unquantized = [self.pinned.get(layer.name, "none") for layer in layers]
-        return choosing(layers, unquantized), choice, kappa, len(tried)
-
-    def _divergence(self, layers: Sequence[LayerPlan], against: Sequence[Reference]) -> Estimate:
-        made = self._stand_ins(layers)
-        return validate.divergence_of(self.model, made, against, self.request.output).estimate(self.request.seed)
+    # The whole model.
 
     def _stand_ins(self, layers: Sequence[LayerPlan]) -> dict[str, nn.Module]:
         """The modules that these layers' choices need; plain layers stay as they are."""
-        made: dict[str, nn.Module] = {}
-        for layer in layers:
-            if not is_plain(layer):
-                names = (layer.name, *layer.aliases)
-                made.update(stand_ins(self.model, names, layer.chosen, layer.choice.program))
-        return made
-
-    # The whole model: against the float model, against the best uniform plan, and before the user's own judge.
-
-    def _do_no_harm(
-        self, chosen: list[LayerPlan], budget: Budget, outcome: Outcome, final: Sequence[Reference]
-    ) -> tuple[Sequence[LayerPlan], Outcome]:
-        kappa = outcome.kappa
-        explain = [explained(layer, budget, kappa, layer.name in self.pinned) for layer in chosen]
-        name, uniform = best_uniform(chosen, budget, kappa)
-        outcome = replace(outcome, uniform=name)
-        if all(is_plain(layer) for layer in chosen):
-            self.notes.append("nothing was switched: no candidate is faster, accurate enough and inside the budget")
-            return explain, outcome
-        variants = {"float": {}, "plan": self._stand_ins(chosen)}
-        if [layer.chosen for layer in uniform] != [layer.chosen for layer in chosen]:
-            variants["uniform"] = self._stand_ins(uniform)
-        self.progress("whole model", 0, 1)
-        with undisturbed(self.model, eager=False):
-            ratios = validate.whole_model_times(
-                self.model,
-                variants,
-                self.recording.inputs,
-                self.recording.weights,
-                baseline="plan",
-                mode=self.mode,
-                seconds=_WHOLE_MODEL_SECONDS,
-                seed=self.request.seed,
-            )
-        self.progress("whole model", 1, 1)
-        outcome = replace(outcome, speedup=ratios["float"], versus_uniform=ratios.get("uniform"))
-        if outcome.versus_uniform is not None and outcome.versus_uniform.high < 1:
-            explain, outcome = self._consider_uniform(explain, uniform, budget, outcome, final)
-        if reason := self._veto(explain, budget, outcome):
-            self.notes.append(reason)
-            unchanged = replace(outcome, speedup=None, versus_uniform=None, divergence=Estimate(0.0, 0.0, 0.0))
-            return keep_float(chosen, "the float model is kept: see the notes"), unchanged
-        return explain, outcome
-
-    def _consider_uniform(
-        self,
-        chosen: list[LayerPlan],
-        uniform: list[LayerPlan],
-        budget: Budget,
-        outcome: Outcome,
-        final: Sequence[Reference],
-    ) -> tuple[list[LayerPlan], Outcome]:
-        """A uniform plan surely beat the solver's as a whole: take it, if it keeps the budget."""
-        ratio, was = outcome.versus_uniform, outcome.speedup
-        if ratio is None or was is None:
-            return chosen, outcome
-        with undisturbed(self.model):
-            divergence = self._divergence(uniform, final)
-        if budget.divergence is not None and divergence.high > budget.divergence:
-            self.notes.append(f"uniform {outcome.uniform} was faster as a whole, but its divergence breaks the budget")
-            return chosen, outcome
-        self.notes.append(f"uniform {outcome.uniform} was {1 / ratio.value:.2f}x faster as a whole, and was taken")
-        reason = "faster as a whole: see note"
-        speedup = Estimate(*(value / ratio.value for value in (was.value, was.low, was.high)))
-        taken = [replace(layer, reason=reason) for layer in uniform]
-        return taken, replace(outcome, speedup=speedup, versus_uniform=None, divergence=divergence)
-
-    def _veto(self, chosen: Sequence[LayerPlan], budget: Budget, outcome: Outcome) -> str | None:
-        """Why the float model has to stay, or None."""
-        speedup, limit = outcome.speedup, budget.divergence
-        if limit is not None and outcome.divergence.low > limit and not self.pinned:
-            return (
-                f"on the final split the divergence is {outcome.divergence.value:.3g}, surely above the budget of "
-                f"{limit:.3g}, so the float model is kept"
-            )
-        if not math.isfinite(outcome.divergence.value):
-            return "the planned model's output is not finite on the final split, so the float model is kept"
-        if speedup is not None and speedup.low <= 1 and not self.pinned and not self.request.wants_bytes:
-            return (
-                f"as a whole the planned model is not surely faster than the float model ({speedup.value:.2f}x, 95 % "
-                f"interval {speedup.low:.2f} to {speedup.high:.2f}), so the float model is kept"
-            )
-        if self.request.judge is None:
-            return None
-        evaluate, tolerance = self.request.judge
-        with undisturbed(self.model, eager=False):
-            before = self._score(evaluate)
-            with swapped(self.model, self._stand_ins(chosen)):
-                after = self._score(evaluate)
-        allowed = _EVALUATE_TOLERANCE * abs(before) if tolerance is None else tolerance
-        if math.isnan(before) or math.isnan(after):
-            return f"evaluate() gave {before:g} for the float model and {after:g} for the planned one: float is kept"
-        if after >= before - allowed:
-            return None
-        return (
-            f"evaluate() fell from {before:.6g} to {after:.6g}, by more than {allowed:.3g}, so the float model is kept"
-        )
-
-    def _score(self, evaluate: Callable[[nn.Module], float]) -> float:
-        score = evaluate(self.model)
-        try:
-            return float(score)
-        except (TypeError, ValueError):
-            raise AutoplanError(f"evaluate() must return a number, and returned {type(score).__name__}") from None
-
-
-def _finite(value: float) -> float | None:
-    """Files hold finite numbers only: None stands for infinity."""
-    return value if math.isfinite(value) else None
+        return dict(stand_ins_of(self.model, layers))
 
 
 @contextmanager
@@ -597,7 +482,9 @@ class _FirstCall:
             return
         self.forget(self.model)
         try:
-            apply_plan(self.model, _make_plan(self.model, self.recording, self.request), weights="skip")
+            with together(self.request.distributed) as ranks:
+                plan = _make_plan(self.model, self.recording, self.request, ranks)
+            apply_plan(self.model, plan, weights="skip")
         except Exception as error:
             _logger.warning("planning failed, the float model stays: %s: %s", type(error).__name__, error)
 

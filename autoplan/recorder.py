@@ -6,9 +6,10 @@ import copy
 import fnmatch
 import logging
 import threading
+import weakref
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from autoplan.layers import PlannedLinear
 from autoplan.records import Call, LayerProfile, LeftAlone
 
 SAMPLE_ROWS = 1024  # real input rows kept per layer
+_MAX_SIBLINGS = 8  # more layers fed by one tensor are no siblings: their choices are weighed in all combinations
 _MAX_INPUT_BYTES = 256 << 20  # of model inputs kept for scoring and validation
 _DEFAULT_WORKLOAD = "default"
 
@@ -46,8 +48,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def device_of_model(model: nn.Module) -> torch.device:
-    """Where a model is: the device of its first parameter; the CPU if it has none."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    """Where a model is: the device of its first parameter that is not on the meta device; the CPU if it has none.
+
+    Weights that accelerate offloads are on the meta device between calls.
+    """
+    return next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -77,6 +82,8 @@ def find_layers(model: nn.Module) -> tuple[list[_Decision], list[LeftAlone]]:
                 left_alone.append(LeftAlone(name, "it is a transformers Conv1D, not an nn.Linear"))
             elif isinstance(module, PlannedLinear):
                 left_alone.append(LeftAlone(name, "it is planned already"))
+            elif stack := _stacked_weight(module):
+                left_alone.append(LeftAlone(name, f"its weights are one parameter {stack}, not nn.Linears"))
             continue
         if id(module) not in seen:
             seen[id(module)] = _reason_to_leave(name, module, shared_with, fast_path)
@@ -98,7 +105,7 @@ def _reason_to_leave(
         return f"it is a {type(module).__name__}, a Linear with a forward of its own"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "it is a NonDynamicallyQuantizableLinear: attention reads its weight without calling it"
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not _only_moves_inputs(module):
         return "its forward was replaced on the instance (offloading hooks do that)"
     if nn.utils.parametrize.is_parametrized(module) or "weight" not in module._parameters:
         return "its weight is parametrized or computed by a hook"
@@ -113,6 +120,19 @@ def _reason_to_leave(
     if owner := shared_with.get(module.weight.data_ptr()):
         return f"its weight is tied to {owner}"
     return fast_path.get(id(module))
+
+
+def _only_moves_inputs(module: nn.Module) -> bool:
+    """Whether its forward was replaced by accelerate, for a module that has its weights and the device to itself."""
+    return getattr(vars(module).get("_hf_hook"), "offload", True) is False
+
+
+def _stacked_weight(module: nn.Module) -> list[int] | None:
+    """The size of a parameter that holds the matrices of several experts, as mixtures keep them; None without one."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return None
+    own = (parameter.shape for parameter in module._parameters.values() if parameter is not None)
+    return next((list(shape) for shape in own if len(shape) == 3 and min(shape) > 1), None)
 
 
 def _tensors_of_other_modules(model: nn.Module) -> dict[int, str]:
@@ -155,6 +175,8 @@ class Recording:
         self._samples = {name: _Reservoir(SAMPLE_ROWS, seed ^ zlib.crc32(name.encode())) for name in self.decisions}
         self._input_bytes = 0
         self._workload = _DEFAULT_WORKLOAD
+        self._run = _Run()  # the layers called last, one after another with one and the same tensor
+        self._runs: dict[tuple[str, ...], None] = {}  # all there were before
 
     @contextmanager
     def workload(self, name: str, weight: float = 1.0) -> Iterator[None]:
@@ -172,6 +194,11 @@ class Recording:
         finally:
             self._workload = outer
 
+    def sizes(self) -> dict[str, tuple[int, int, str]]:
+        """out_features, in_features and dtype of every layer that can be planned, by name."""
+        linears = {name: decision.module for name, decision in self.decisions.items()}
+        return {name: (m.out_features, m.in_features, dtype_name(m.weight.dtype)) for name, m in linears.items()}
+
     def profiles(self) -> list[LayerProfile]:
         """One profile per layer that was called, in model order."""
         return [self._profile(name) for name, calls in self._calls.items() if calls]
@@ -183,6 +210,28 @@ class Recording:
     def not_called(self) -> list[LeftAlone]:
         """The layers that saw no input while recording."""
         return [LeftAlone(name, "saw no input while recording") for name, calls in self._calls.items() if not calls]
+
+    def siblings(self, among: Collection[str]) -> list[tuple[str, ...]]:
+        """The sets of layers that are fed by one tensor, in the order of their calls; only layers that are `among`.
+
+        Such layers were called together whenever one of them was: each once, one right after another, with the very
+        same tensor, unchanged in between. Layers that share a weight with others are in no set.
+        """
+        self._start_run()
+        times = Counter(name for run in self._runs for name in run)
+        sets = [tuple(name for name in run if name in among) for run in self._runs]
+        return [
+            names
+            for names in sets
+            if 1 < len(names) <= _MAX_SIBLINGS
+            if all(times[name] == 1 and len(self.decisions[name].names) == 1 for name in names)
+            if len({_kind(self.decisions[name].module) for name in names}) == 1
+        ]
+
+    def _start_run(self, x: Tensor | None = None) -> None:
+        if self._run.names:
+            self._runs[tuple(self._run.names)] = None
+        self._run = _Run(x)
 
     def _profile(self, name: str) -> LayerProfile:
         module = self.decisions[name].module
@@ -205,15 +254,19 @@ class Recording:
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype.is_floating_point:
             dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.detach().reshape(-1, x.shape[-1])
+        given, x = x, x.detach().reshape(-1, x.shape[-1])
         if not x.numel() or x.shape[1] != self.decisions[name].module.in_features:
             return  # no rows (an expert that no token was sent to), or a call that is about to fail
+        if not self._run.goes_on(given):
+            self._start_run(given)
+        self._run.names.append(name)
         self._calls[name][self._workload, x.shape[0], dtype_name(dtype)] += 1
         self._samples[name].add(x)
 
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.weights.setdefault(self._workload, 1.0)
         self.forwards[self._workload] += 1
+        self._start_run()
         size = _nbytes(tree_leaves((args, kwargs)))
         if self._input_bytes + size <= _MAX_INPUT_BYTES:
             memo: dict[int, Any] = {}  # of deepcopy: also names the tensors inside objects, such as a key-value cache
@@ -232,6 +285,29 @@ class Recording:
         if torch.is_autocast_enabled(self._device_type):
             autocast = dtype_name(torch.get_autocast_dtype(self._device_type))
         self.inputs.append(ModelInput(self._workload, args, dict(kwargs), autocast))
+
+
+class _Run:
+    """Layers that are called one after another with one tensor, which is not kept alive for it."""
+
+    def __init__(self, x: Tensor | None = None) -> None:
+        self.names: list[str] = []
+        self._x = None if x is None else weakref.ref(x)
+        self._state = None if x is None else _state(x)
+
+    def goes_on(self, x: Tensor) -> bool:
+        """Whether the next layer is given the same tensor, and nobody wrote into it in between."""
+        return self._x is not None and self._x() is x and self._state == _state(x)
+
+
+def _state(x: Tensor) -> float:
+    """What changes when somebody writes into `x`: its version; the sum of one that counts none."""
+    return x._version if not x.is_inference() else x.double().sum().item()
+
+
+def _kind(linear: nn.Linear) -> tuple[Any, ...]:
+    """What siblings have in common."""
+    return linear.in_features, linear.weight.dtype, linear.weight.device
 
 
 def _copied(leaf: Any, memo: dict[int, Any]) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 # How a model runs, as far as times depend on it. On a GPU, COMPILED replays CUDA graphs: no launch costs anything then.
 EAGER, COMPILED, WITHOUT_GRAPHS = "eager", "compiled", "compiled without CUDA graphs"
@@ -40,6 +41,15 @@ class LayerProfile:
     dtype: str  # of the weight
     device: str
     calls: tuple[Call, ...]
+    siblings: str = ""  # names the layers that are fed by one tensor with it, see `label`; "" if there are none
+
+
+def label(names: Sequence[str]) -> str:
+    """A word for several layers: "block.query+key+value" for those under one prefix, else all their names."""
+    prefixes = {name.rpartition(".")[0] for name in names}
+    if len(prefixes) > 1 or "" in prefixes:
+        return "+".join(names)
+    return f"{prefixes.pop()}." + "+".join(name.rpartition(".")[2] for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +61,21 @@ class LeftAlone:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One of several layers that are fed by one tensor, as it runs by itself."""
+
+    candidate: str
+    out_features: int
+    has_bias: bool
+    kernel: str
+
+
+@dataclass(frozen=True, slots=True)
 class Shape:
-    """What is timed once, whatever the number of layers: all that a kernel's time depends on."""
+    """What is timed once, whatever the number of layers: all that a kernel's time depends on.
+
+    One with `parts` is that of siblings: their products one after another, against one product of all.
+    """
 
     rows: int  # a bucket, see benchmark.bucket_rows
     in_features: int
@@ -62,16 +85,20 @@ class Shape:
     weight_dtype: str
     device: str
     mode: str  # EAGER, COMPILED or WITHOUT_GRAPHS
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Paired timing of one kernel of one candidate against plain `F.linear` at one shape."""
+    """Paired timing of one kernel of one candidate against plain `F.linear` at one shape.
+
+    At a shape with parts the baseline is the candidate itself, in one layer after another.
+    """
 
     shape: Shape
     candidate: str
     kernel: str
-    baseline_us: float  # median of plain F.linear in the same run
+    baseline_us: float  # median of the baseline in the same run
     ratio: float  # time / baseline, the median of paired ratios; below 1 is faster
     ratio_low: float  # 95 % confidence interval of `ratio`
     ratio_high: float
@@ -98,6 +125,19 @@ class Estimate:
     high: float
 
 
+NO_DIVERGENCE = Estimate(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """What an option takes where the layer and its siblings, all with this candidate, run as one product."""
+
+    program: str  # of the one product
+    us: float  # this layer's share, as the times of `Option`
+    us_low: float
+    us_high: float
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One candidate for one layer: what was measured, and why it cannot or need not be used.
@@ -115,6 +155,7 @@ class Option:
     sqnr_db: float | None = None
     harm: float | None = None  # predicted divergence of the model's output from this choice alone
     rejected: str = ""  # the reason; empty for an option the solver was free to choose
+    fused: Fused | None = None  # None: not surely faster than each for itself, or nobody to run with
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +174,20 @@ class LayerPlan:
     reason: str
     options: tuple[Option, ...]
     group: str = ""  # layers of one group (see `groups=`) get one candidate; "" stands for a decision of its own
+    siblings: str = ""  # names the layers that are fed by one tensor with it, itself included
+    runs_fused: bool = False  # the siblings chose alike, and run as one product: see `selection.choosing`
 
     def option(self, candidate: str) -> Option:
         return next(option for option in self.options if option.candidate == candidate)
 
     @property
     def choice(self) -> Option:
-        """The chosen option."""
-        return self.option(self.chosen)
+        """The chosen option, as it runs."""
+        option = self.option(self.chosen)
+        if not self.runs_fused or option.fused is None:
+            return option
+        fused = option.fused
+        return replace(option, program=fused.program, us=fused.us, us_low=fused.us_low, us_high=fused.us_high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,3 +213,9 @@ class Outcome:
     kappa: float  # measured over predicted divergence, as used in the last round
     rounds: int
     notes: tuple[str, ...] = ()
+    # The rest is None where it was not measured, and in plans that an older version saved.
+    divergence_bound: float | None = None  # one-sided 95 % upper bound, on the final split: what is held to the budget
+    divergence_p99: float | None = None  # of the tokens' KL; of the samples' relative squared errors
+    top1_agreement: float | None = None  # logits only: share of the positions whose most likely class is the same
+    perplexity_ratio: float | None = None  # planned / float, of the input's own next tokens; language models only
+    float_us: float | None = None  # the float model as a whole, in one forward of each workload times its weight

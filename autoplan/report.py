@@ -20,31 +20,32 @@ from autoplan.records import Call, Estimate, LayerPlan, Option, Outcome
 if TYPE_CHECKING:
     from autoplan.plan import Plan
 
-_WIDTH = 180  # columns that the text aims at
+_WIDTH = 160  # columns that the text aims at
+_FRONTIER_SHOWN = 10
 _MAX_WHY = 160  # characters of a runner-up's reason in a table; csv and json have all of it
 _PLAIN_KERNEL = "linear"
 _BLOCK = re.compile(r"((?:[^.]+\.)*?\d+)(?=\.)")  # "encoder.layer.3" of "encoder.layer.3.output.dense"
 
-# header, alignment, and the width its words wrap at (0: never)
+# header, alignment, and the width its words wrap at (0: never); two things in one column stand one below the other
 _COLUMNS = (
     ("layer", "left", 0),
-    ("out x in", "right", 0),
-    ("rows x\ncalls", "left", 22),
+    ("out x in\nrows x\ncalls", "left", 14),
     ("share", "right", 0),
     ("float\nus", "right", 0),
-    ("chosen", "left", 0),
-    ("kernel", "left", 16),
+    ("chosen\nkernel", "left", 16),
     ("us\n+-95 %", "right", 0),
     ("speed\n-up", "right", 0),
     ("SQNR\ndB", "right", 0),
     ("harm", "right", 0),
+    ("price", "right", 0),
     ("MiB", "right", 0),
-    ("why", "left", 24),
-    ("runner-up, and why not", "left", 30),
+    ("why", "left", 15),
+    ("runner-up, and why not", "left", 22),
 )
 _CSV_COLUMNS = (
     "layer", "aliases", "group", "out_features", "in_features", "bias", "dtype", "calls", "share", "float_us",
-    "candidate", "status", "kernels", "us", "us_low", "us_high", "speedup", "sqnr_db", "harm", "nbytes", "why",
+    "candidate", "status", "kernels", "us", "us_low", "us_high", "speedup", "sqnr_db", "harm", "price_per_ms",
+    "nbytes", "why",
 )  # fmt: skip
 
 
@@ -107,6 +108,8 @@ def _text(plan: Plan) -> str:
     if warning := _nothing_switched(plan):
         lines += [warning, ""]
     lines += [table, "", _LEGEND, ""]
+    if matrix := _matrix(plan, "simple"):
+        lines += ["Choices, block by block:", matrix, ""]
     if plan.left_alone:
         lines.append(f"Left alone ({len(plan.left_alone)}):")
         lines += [_fill(f"{reason}: {', '.join(names)}", "  ") for reason, names in _left_alone(plan)]
@@ -114,13 +117,15 @@ def _text(plan: Plan) -> str:
     facts = _facts(plan)
     indent = max(len(label) for label, _ in facts) + 2
     lines += [_fill(fact, f"{label:<{indent}}", " " * indent) for label, fact in facts]
+    if frontier := _frontier(plan, "simple"):
+        lines += ["", "Frontier, as predicted (plan.at takes another point of it):", frontier]
     return "\n".join(line.rstrip() for line in "\n".join(lines).splitlines())
 
 
 _LEGEND = (
     "share: of the float time of these layers. us: in one forward of the model (of each workload, times its weight). "
-    "harm: predicted\ndivergence of the model's output from this layer alone. SQNR: of the layer's own output. "
-    "none on linear: the layer as it was."
+    "SQNR: of the layer's own\noutput. harm: predicted divergence of the model's output from this layer alone. price: "
+    "divergence per ms that the layer saves, kappa times\nits harm. none on linear: the layer as it was."
 )
 
 
@@ -136,10 +141,10 @@ def _ditto(rows: list[list[str]]) -> list[list[str]]:
 
 
 def _markdown(plan: Plan) -> str:
-    rows = [[_escape(cell) for cell in _cells(plan, layer, layer.name)] for layer in plan.layers]
+    rows = [[_escape(cell).replace("\n", ", ") for cell in _cells(plan, layer, layer.name)] for layer in plan.layers]
     table = tabulate(
         rows,
-        headers=[header.replace("\n-", "-").replace("\n", " ") for header, _, _ in _COLUMNS],
+        headers=[header.replace("\n-", "-").replace("x\n", "x ").replace("\n", ", ") for header, _, _ in _COLUMNS],
         colalign=[alignment for _, alignment, _ in _COLUMNS] if rows else None,
         disable_numparse=True,
         tablefmt="pipe",
@@ -148,11 +153,15 @@ def _markdown(plan: Plan) -> str:
     if warning := _nothing_switched(plan):
         lines += [f"**{warning}**", ""]
     lines += [table, "", _LEGEND.replace("\n", " "), ""]
+    if matrix := _matrix(plan, "pipe"):
+        lines += ["Choices, block by block:", "", matrix, ""]
     if plan.left_alone:
         lines += [f"Left alone ({len(plan.left_alone)}):", ""]
         lines += [f"- {reason}: {', '.join(f'`{name}`' for name in names)}" for reason, names in _left_alone(plan)]
         lines.append("")
     lines += [f"- **{label}**: {fact}" for label, fact in _facts(plan)]
+    if frontier := _frontier(plan, "pipe"):
+        lines += ["", "Frontier, as predicted (`plan.at` takes another point of it):", "", frontier]
     return "\n".join(lines)
 
 
@@ -176,6 +185,7 @@ def _csv(plan: Plan) -> str:
         }
         for option in layer.options:
             chosen = option.candidate == layer.chosen
+            option = layer.choice if chosen else option  # as it runs, if with its siblings
             writer.writerow(
                 shared
                 | {
@@ -188,6 +198,7 @@ def _csv(plan: Plan) -> str:
                     "speedup": None if option.us is None else _ratio(layer.baseline_us, option.us),
                     "sqnr_db": option.sqnr_db,
                     "harm": option.harm,
+                    "price_per_ms": _price_per_ms(plan, layer, option),
                     "nbytes": option.nbytes,
                     "why": layer.reason if chosen else _why_not(plan, layer, option),
                 }
@@ -218,22 +229,29 @@ def _numbered_prefix(layer: LayerPlan) -> str:
 
 def _cells(plan: Plan, layer: LayerPlan, name: str) -> list[str]:
     option = layer.choice
+    price = _price_per_ms(plan, layer, option)
     return [
         f"{name} (and {', '.join(layer.aliases)})" if layer.aliases else name,
-        f"{layer.out_features}x{layer.in_features}",
-        "; ".join(_calls(layer.calls, layer.dtype, limit=3, workloads=len(plan.workloads) > 1)),
+        f"{layer.out_features}x{layer.in_features}\n"
+        + "; ".join(_calls(layer.calls, layer.dtype, limit=3, workloads=len(plan.workloads) > 1)),
         f"{100 * _ratio(layer.baseline_us, plan.baseline_us):.1f} %",
         _us(layer.baseline_us),
-        option.candidate,
-        kernels(option.program) or _PLAIN_KERNEL,
+        f"{option.candidate}\n{kernels(option.program) or _PLAIN_KERNEL}",
         _us_with_spread(option),
         "-" if option.us is None else f"{_ratio(layer.baseline_us, option.us):.2f}x",
         "-" if option.sqnr_db is None else f"{option.sqnr_db:.1f}",
         "-" if option.harm is None else _small(option.harm),
+        "-" if price is None else _small(price),
         "-" if option.nbytes is None else f"{option.nbytes / 2**20:.3g}",
         f"{layer.reason} ({layer.group})" if layer.group else layer.reason,
         textwrap.shorten(_runner_up(plan, layer), _MAX_WHY, placeholder=" ..."),
     ]
+
+
+def _price_per_ms(plan: Plan, layer: LayerPlan, option: Option) -> float | None:
+    """Predicted divergence for each millisecond that an option saves; None if it saves none."""
+    saved = None if option.us is None else (layer.baseline_us - option.us) / 1e3
+    return plan.scaled_harm(option) / saved if saved and saved > 0 else None
 
 
 def _is_plain(layer: LayerPlan) -> bool:
@@ -313,15 +331,18 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     outcome, seconds = plan.outcome, plan.planning_seconds
     facts = [("layers", _counts(plan))]
     if outcome is None:
-        facts.append(
-            ("whole model", "not measured: this is another point of the frontier, and its figures are predicted")
-        )
+        why = "it was revalidated without inputs" if plan.revalidated else "this is another point of the frontier"
+        facts.append(("whole model", f"not measured: {why}, and its figures are predicted"))
     elif _nothing_switched(plan):
         facts.append(("whole model", "the float model as it was"))
     else:
         facts.append(("whole model", _speed(outcome.speedup, "the float model")))
+        if saving := _saving(plan, outcome):
+            facts.append(("time saved", saving))
         facts.append(("versus uniform", _versus_uniform(outcome)))
         facts.append(("divergence", _divergence(plan, outcome)))
+        if fidelity := _fidelity(outcome):
+            facts.append(("fidelity", fidelity))
     time = f"{_us(plan.baseline_us)} us -> {_us(plan.us)} us ({_ratio(plan.baseline_us, plan.us):.2f}x)"
     facts.append(("these layers", f"{time}, the sum of their timings"))
     size = f"{bytes_in_words(plan.baseline_nbytes)} -> {bytes_in_words(plan.nbytes)}"
@@ -330,14 +351,14 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     facts.append(
         ("certified gap", f"no plan is predicted to be more than {100 * plan.gap:.2g} % better in this budget")
     )
-    if plan.price_us:
-        facts.append(("price", f"{_us(plan.price_us * 1e-4)} us per 1e-4 of divergence, at the optimum"))
+    facts.append(("price", _marginal_price(plan)))
     if seconds:
         stages = [f"{stage} {spent:.1f}" for stage, spent in seconds.items() if stage != "total"]
         total = seconds.get("total", sum(seconds.values()))
         facts.append(("planning took", f"{total:.1f} s: {', '.join(stages)}"))
     facts += [("note", note) for note in (outcome.notes if outcome else ())]
-    facts += [("STALE", f"{difference}: plan again here to trust the times") for difference in plan.stale]
+    facts += [("revalidated", found) for found in plan.revalidated]
+    facts += [("STALE", f"{difference}: plan.revalidate(model, inputs) times it here") for difference in plan.stale]
     return facts
 
 
@@ -369,16 +390,51 @@ def _versus_uniform(outcome: Outcome) -> str:
     return _speed(outcome.versus_uniform, f"the best uniform plan, {outcome.uniform} wherever it can run")
 
 
+def _saving(plan: Plan, outcome: Outcome) -> str:
+    """The time that the planned layers should save, and what the whole model does save."""
+    whole, speedup, predicted = outcome.float_us, outcome.speedup, plan.baseline_us - plan.us
+    if whole is None or speedup is None:
+        return ""
+    times = f" ({whole / (whole - predicted):.2f}x)" if predicted < whole else ""
+    measured = whole - whole / speedup.value
+    return (
+        f"predicted {_us(predicted)} us{times}, measured {_us(measured)} us ({speedup.value:.2f}x), of the "
+        f"{_us(whole)} us that the float model takes as a whole"
+    )
+
+
+def _fidelity(outcome: Outcome) -> str:
+    """What the mean divergence does not tell."""
+    parts = []
+    if (p99 := outcome.divergence_p99) is not None:
+        parts.append(f"99 % of the {'positions' if outcome.logits else 'samples'} diverge by less than {p99:.2e}")
+    if outcome.top1_agreement is not None:
+        parts.append(f"same most likely class at {100 * outcome.top1_agreement:.2f} %")
+    if outcome.perplexity_ratio is not None:
+        parts.append(f"perplexity of the next token {outcome.perplexity_ratio:.4f} times the float model's")
+    return "; ".join(parts)
+
+
+def _marginal_price(plan: Plan) -> str:
+    if not plan.price_us:
+        return "the budget does not bind: more divergence would buy no time"
+    per_ms = 1e3 * plan.price_us if plan.budget.time is not None else 1e3 / plan.price_us
+    return f"{_small(per_ms)} of divergence per ms is what the solver pays at most; each layer's own price is above"
+
+
 def _divergence(plan: Plan, outcome: Outcome) -> str:
     kind = "KL, nats per token" if outcome.logits else "relative squared error"
     measured = f"{interval(outcome.divergence, '.2e')} ({kind})"
+    if outcome.divergence_bound is not None:
+        measured += f", at most {outcome.divergence_bound:.2e} (95 %, one-sided)"
     held_out = (
         "on inputs held out from planning" if outcome.held_out else "NOT HELD OUT: on the inputs it was planned with"
     )
-    return f"{measured}, {_against_budget(plan, outcome.divergence)}, {held_out}"
+    bound = outcome.divergence.high if outcome.divergence_bound is None else outcome.divergence_bound
+    return f"{measured}, {_against_budget(plan, outcome.divergence.value, bound)}, {held_out}"
 
 
-def _against_budget(plan: Plan, measured: Estimate) -> str:
+def _against_budget(plan: Plan, measured: float, bound: float) -> str:
     budget = plan.budget
     limits = [] if budget.divergence is None else [f"divergence {budget.divergence:g}"]
     limits += [] if budget.nbytes is None else [bytes_in_words(budget.nbytes)]
@@ -386,9 +442,9 @@ def _against_budget(plan: Plan, measured: Estimate) -> str:
     named = f'budget "{budget.preset}"' if budget.preset else "budget"
     verdict = ""
     if budget.divergence is not None:
-        verdict = " (kept)" if measured.value <= budget.divergence else " (EXCEEDED)"
-        if measured.value <= budget.divergence < measured.high:
-            verdict = " (kept, but the interval reaches beyond it)"
+        verdict = " (kept)" if measured <= budget.divergence else " (EXCEEDED)"
+        if measured <= budget.divergence < bound:
+            verdict = " (kept, but the upper bound is beyond it)"
     return f"{named} {', '.join(limits) or 'without limits'}{verdict}"
 
 
@@ -397,7 +453,7 @@ def _prediction(plan: Plan) -> str:
     if plan.outcome is None:
         return text
     rounds = _count(plan.outcome.rounds, "round")
-    return f"{text}, which is kappa {plan.outcome.kappa:.3g} (measured / predicted) times the sum of harms; {rounds}"
+    return f"{text}, which is kappa {plan.outcome.kappa:.3g} (measured upper bound / sum of harms); {rounds}"
 
 
 def _left_alone(plan: Plan) -> list[tuple[str, list[str]]]:
@@ -406,6 +462,72 @@ def _left_alone(plan: Plan) -> list[tuple[str, list[str]]]:
     for alone in plan.left_alone:
         by_reason.setdefault(alone.reason, []).append(alone.name)
     return list(by_reason.items())
+
+
+# -- choices and frontier at a glance ------------------------------------------------------------------------------
+
+
+def _matrix(plan: Plan, tablefmt: str) -> str:
+    """Blocks by layers, where the names have such a structure and the page the width; alike neighbours in one row."""
+    blocks: dict[str, dict[str, str]] = {}
+    for layer in plan.layers:
+        if block := _numbered_prefix(layer):
+            blocks.setdefault(block, {})[layer.name.removeprefix(f"{block}.")] = _short(layer)
+    columns = list(dict.fromkeys(name for cells in blocks.values() for name in cells))
+    rows: list[tuple[str, str, list[str]]] = []  # the first block, the last of those alike, their cells
+    for block, own in blocks.items():
+        cells = [own.get(name, "") for name in columns]
+        if rows and rows[-1][2] == cells and _next_block(rows[-1][1]) == block:
+            rows[-1] = (rows[-1][0], block, cells)
+        else:
+            rows.append((block, block, cells))
+    table = tabulate(
+        [[first if first == last else f"{first}-{last.rpartition('.')[2]}", *cells] for first, last, cells in rows],
+        headers=["block", *(name if tablefmt == "pipe" else name.replace(".", "\n.") for name in columns)],
+        disable_numparse=True,
+        tablefmt=tablefmt,
+    )
+    fits = tablefmt == "pipe" or max(map(len, table.splitlines())) <= _WIDTH
+    return table if len(blocks) > 1 and fits else ""
+
+
+def _next_block(block: str) -> str:
+    """ "encoder.layer.4" after "encoder.layer.3"."""
+    prefix, dot, number = block.rpartition(".")
+    return f"{prefix}{dot}{int(number) + 1}"
+
+
+def _short(layer: LayerPlan) -> str:
+    """A choice in few letters: "int8dyn", "int4g32"; "-" for the layer as it was."""
+    name = layer.chosen.replace("_weight_only", "wo").replace("_dynamic", "dyn")
+    return "-" if _is_plain(layer) else re.sub(r"_(g\d+|dual)$", r"\1", name)
+
+
+def _frontier(plan: Plan, tablefmt: str) -> str:
+    """Some of the frontier's points, evenly spread, and this plan among them."""
+    points = plan.frontier
+    if len(points) < 2:
+        return ""
+    shown = [points[round(i)] for i in _spread(len(points), _FRONTIER_SHOWN)]
+    switched = sum(not _is_plain(layer) for layer in plan.layers)
+    rows = [(p.divergence, p.us, p.nbytes, p.switched, "") for p in shown]
+    rows.append((plan.predicted_divergence, plan.us, plan.nbytes, switched, "this plan"))
+    cells = [
+        [_small(d), _us(us), f"{_ratio(plan.baseline_us, us):.2f}x", bytes_in_words(size), str(count), mark]
+        for d, us, size, count, mark in sorted(rows, key=lambda row: (row[0], -row[1], row[4]))
+    ]
+    return tabulate(
+        cells,
+        headers=["divergence", "us", "speed-up", "bytes", "switched", ""],
+        colalign=["right"] * 5 + ["left"],
+        disable_numparse=True,
+        tablefmt=tablefmt,
+    )
+
+
+def _spread(count: int, shown: int) -> list[float]:
+    """Indices of at most `shown` of `count` things, the first and the last among them."""
+    return [i * (count - 1) / (min(count, shown) - 1) for i in range(min(count, shown))]
 
 
 # -- words and figures ---------------------------------------------------------------------------------------------
@@ -421,7 +543,7 @@ def _us_with_spread(option: Option) -> str:
     if option.us_low is None or option.us_high is None or option.us_low == option.us_high:
         return _us(option.us)
     spread = max(option.us_high - option.us, option.us - option.us_low) / option.us
-    return f"{_us(option.us)} +-{100 * spread:.1f} %"
+    return f"{_us(option.us)}\n+-{100 * spread:.1f} %"
 
 
 def _small(value: float) -> str:
@@ -439,7 +561,8 @@ def _count(number: int, noun: str) -> str:
 def _wrap(cell: str, width: int) -> str:
     if not width:
         return cell
-    return "\n".join(textwrap.wrap(cell, width, break_on_hyphens=False, break_long_words=False))
+    lines = (textwrap.wrap(line, width, break_on_hyphens=False, break_long_words=False) for line in cell.splitlines())
+    return "\n".join(itertools.chain.from_iterable(lines))
 
 
 def _fill(text: str, indent: str, following: str | None = None) -> str:

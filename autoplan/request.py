@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from autoplan.candidates import Candidate
 from autoplan.candidates.base import select
 from autoplan.divergence import OutputPicker
 from autoplan.errors import AutoplanError, CacheError, CandidateError
+from autoplan.fisher import Loss
 from autoplan.recorder import Recording, match
-from autoplan.records import Device, LayerProfile, LeftAlone
+from autoplan.records import Device, LayerProfile, LeftAlone, label
 from autoplan.selection import Budget
 
 Evaluate = Callable[[nn.Module], float] | tuple[Callable[[nn.Module], float], float]
 Patterns = str | Sequence[str]
+Distributed = Any  # None, False, "per device", or a torch.distributed.ProcessGroup, which not every torch has
 
 DEVICES = ("cpu", "cuda")  # where layers are planned
 
@@ -45,6 +47,7 @@ class Request:
     pin: Mapping[str, str] | None = None
     groups: Sequence[Patterns] | None = None
     output: OutputPicker | None = None
+    loss: Loss | None = None
     evaluate: Evaluate | None = None
     cache: PlanCache | str | Path | bool | None = None
     compiled: bool | None = None
@@ -52,6 +55,8 @@ class Request:
     max_seconds: float | None = None
     progress: Progress | bool | None = None
     seed: int = 0
+    strict: bool = False
+    distributed: Distributed = None
 
     def __post_init__(self) -> None:
         Budget.of(self.budget, logits=True)
@@ -60,12 +65,16 @@ class Request:
             raise AutoplanError("evaluate= must be callable(model) -> float, or (callable, tolerance)")
         if self.output is not None and not callable(self.output):
             raise AutoplanError("output= must be a callable that picks a tensor from what the model returns")
+        if self.loss is not None and not callable(self.loss):
+            raise AutoplanError("loss= must be a callable that makes one number (a tensor) of what the model returns")
         if self.max_seconds is not None and not (_is_number(self.max_seconds) and self.max_seconds > 0):
             raise AutoplanError(f"max_seconds must be a positive number, not {self.max_seconds!r}")
         if judge is not None and judge[1] is not None and not (_is_number(judge[1]) and judge[1] >= 0):
             raise AutoplanError(f"the tolerance of evaluate= must be a number >= 0, not {judge[1]!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise AutoplanError(f"seed must be an integer >= 0, not {self.seed!r}")
+        if not isinstance(self.strict, bool):
+            raise AutoplanError(f"strict must be True or False, not {self.strict!r}")
         if self.compiled is not None and not isinstance(self.compiled, bool):
             raise AutoplanError(f"compiled must be True, False or None, not {self.compiled!r}")
         if not (self.progress is None or isinstance(self.progress, bool) or callable(self.progress)):
@@ -90,8 +99,8 @@ class Request:
 
     @property
     def names_its_question(self) -> bool:
-        """Whether scores can be found again by the request: what an `output` callable picks, no digest can tell."""
-        return self.output is None
+        """Whether scores can be found again by the request: what callables do, no digest can tell."""
+        return self.output is None and self.loss is None
 
     def chosen_candidates(self) -> tuple[Candidate, ...]:
         return select(self.candidates)
@@ -116,7 +125,8 @@ class Request:
                 left_alone.append(LeftAlone(profile.name, "not among the layers that the caller included"))
             else:
                 kept.append(profile)
-        return kept, left_alone
+        siblings = {name: label(names) for names in recording.siblings({p.name for p in kept}) for name in names}
+        return [replace(profile, siblings=siblings.get(profile.name, "")) for profile in kept], left_alone
 
     def pinned(self, profiles: Sequence[LayerProfile]) -> dict[str, str]:
         """Layer -> the candidate that the caller forces on it. Raises CandidateError where it cannot run there."""
@@ -152,7 +162,9 @@ class Request:
         """All that a plan depends on, as plain data: environment, model, data, options."""
         device = profiles[0].device if profiles else "cpu"
         tensors = [*model.named_parameters(), *model.named_buffers()]
-        model_print = fingerprint.model_fingerprint((name, tensor) for name, tensor in tensors if not tensor.is_meta)
+        model_print = fingerprint.model_fingerprint(
+            ((name, tensor) for name, tensor in tensors if not tensor.is_meta), self.strict
+        )
         by_tensor: Any = model_print["tensors"]
         layers = {
             profile.name: by_tensor[name]
@@ -169,6 +181,7 @@ class Request:
                 "digest": _data_digest(recording),
                 "calls": fingerprint.digest(calls),
                 "workloads": dict(recording.weights),
+                "forwards": dict(recording.forwards),
             },
             "options": self._plain(mode),
         }
@@ -183,6 +196,7 @@ class Request:
             "pin": dict(self.pin or {}),
             "groups": None if self.groups is None else [_listed(patterns) for patterns in self.groups],
             "output": None if self.output is None else _type_name(self.output),
+            "loss": None if self.loss is None else _type_name(self.loss),
             "mode": mode,
             "batch_invariant": self.batch_invariant,
             "seed": self.seed,

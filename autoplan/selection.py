@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,19 +76,15 @@ def choose(layers: Sequence[LayerPlan], budget: Budget, kappa: float) -> Choice:
 
     Predicted divergence is `kappa` times the sum of the layers' harms. Raises BudgetError when nothing fits.
     """
-    groups = _decisions(layers)
-    menus = [_menu([layers[i] for i in group]) for group in groups]
-    for group, menu in zip(groups, menus, strict=True):
-        if not menu:
-            raise BudgetError(_nothing_open([layers[i] for i in group]))
-    size = (len(groups), max(map(len, menus), default=1))
+    return _choose(layers, _menus(layers, budget.nbytes is not None), budget, kappa)
+
+
+def _choose(layers: Sequence[LayerPlan], menus: Sequence[Sequence[_Way]], budget: Budget, kappa: float) -> Choice:
+    size = (len(menus), max(map(len, menus), default=1))
     us, harm, nbytes = np.full(size, np.inf), np.zeros(size), np.zeros(size)
-    for i, (group, menu) in enumerate(zip(groups, menus, strict=True)):
-        for j, candidate in enumerate(menu):
-            options = [layers[k].option(candidate) for k in group]
-            us[i, j] = sum(option.us or 0.0 for option in options)
-            harm[i, j] = kappa * sum(option.harm or 0.0 for option in options)
-            nbytes[i, j] = sum(option.nbytes or 0 for option in options)
+    for i, menu in enumerate(menus):
+        for j, way in enumerate(menu):
+            us[i, j], harm[i, j], nbytes[i, j] = way.us, kappa * way.harm, way.nbytes
     limit = np.inf if budget.divergence is None else budget.divergence
     if budget.time is None:
         solution, picked = _solve(us, harm, limit, nbytes, budget.nbytes, "divergence")
@@ -97,12 +93,12 @@ def choose(layers: Sequence[LayerPlan], budget: Budget, kappa: float) -> Choice:
         solution, picked = _solve(
             np.where(np.isfinite(us), harm, np.inf), us, time_limit, nbytes, budget.nbytes, "time (us)"
         )
-        if harm[np.arange(len(groups)), picked].sum() > limit:
+        if harm[np.arange(len(menus)), picked].sum() > limit:
             raise BudgetError(
                 f"inside {budget.time:.0%} of the float time, the least predicted divergence is "
-                f"{harm[np.arange(len(groups)), picked].sum():.3g}, above the {limit:.3g} allowed"
+                f"{harm[np.arange(len(menus)), picked].sum():.3g}, above the {limit:.3g} allowed"
             )
-    chosen = {k: menus[i][j] for i, j in enumerate(picked) for k in groups[i]}
+    chosen = {k: name for menu, j in zip(menus, picked, strict=True) for k, name in menu[j].candidates.items()}
     return Choice(tuple(chosen[k] for k in range(len(layers))), solution.gap, solution.price)
 
 
@@ -124,18 +120,111 @@ def _solve(
     return solution, [int(order[i, j]) for i, j in enumerate(solution.choice)]
 
 
-def _decisions(layers: Sequence[LayerPlan]) -> list[list[int]]:
-    """Indices of the layers that are decided together."""
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One way to decide some layers: candidates by the layer's index, and what they take together."""
+
+    candidates: dict[int, str]
+    us: float
+    harm: float
+    nbytes: int
+
+
+def _menus(layers: Sequence[LayerPlan], bytes_count: bool) -> list[list[_Way]]:
+    """What there is to decide, each with the ways to decide it: a layer, a group, or siblings.
+
+    What siblings take depends on all of them, so they are one decision; their ways are all combinations of what each
+    may use, but for those that others beat. If a group ties one of them to other layers, the groups are the decisions,
+    and siblings count as one product where they are in one group. Raises BudgetError where nothing is open.
+    """
+    group_of = [layer.group or f" {i}" for i, layer in enumerate(layers)]
     groups: dict[str, list[int]] = {}
+    for i, name in enumerate(group_of):
+        groups.setdefault(name, []).append(i)
+    sets = [places for places in siblings_of(layers) if any(o.fused for i in places for o in layers[i].options)]
+    menus = []
+    for places in sets:
+        own = list(dict.fromkeys(group_of[i] for i in places))
+        if len(own) > 1 and {i for name in own for i in groups.get(name, ())} == set(places):
+            menus.append(_combined(layers, [groups.pop(name) for name in own], places, bytes_count))
+    for group in groups.values():
+        inside = [places for places in sets if set(places) <= set(group)]
+        menus.append([_way(layers, dict.fromkeys(group, name), inside) for name in _open(layers, group)])
+    return sorted(menus, key=lambda menu: min(menu[0].candidates))
+
+
+def _combined(
+    layers: Sequence[LayerPlan], groups: Sequence[Sequence[int]], places: Sequence[int], bytes_count: bool
+) -> list[_Way]:
+    """The ways to decide siblings that are in several groups (most are a group of their own)."""
+    ways = [_Way({}, 0.0, 0.0, 0)]
+    for group in groups:
+        more = [_way(layers, dict.fromkeys(group, name), ()) for name in _open(layers, group)]
+        both = [
+            _Way(a.candidates | b.candidates, a.us + b.us, a.harm + b.harm, a.nbytes + b.nbytes)
+            for a in ways
+            for b in more
+        ]
+        ways = _unbeaten(both, bytes_count)
+    as_one = [dict.fromkeys(places, option.candidate) for option in _eligible(layers[places[0]])]
+    fused = [_way(layers, candidates, [places]) for candidates in as_one if _fuse(layers, places, candidates)]
+    return _unbeaten([*ways, *fused], bytes_count)
+
+
+def _unbeaten(ways: Sequence[_Way], bytes_count: bool) -> list[_Way]:
+    """The ways that no other one beats in time, harm and (if they count) bytes; the first of equal ones."""
+    kept: list[_Way] = []
+    for way in sorted(ways, key=lambda way: (way.us, way.harm, way.nbytes)):
+        if not any(
+            other.harm <= way.harm and (other.nbytes <= way.nbytes or not bytes_count) for other in reversed(kept)
+        ):
+            kept.append(way)
+    return kept
+
+
+def _way(layers: Sequence[LayerPlan], candidates: dict[int, str], sets: Sequence[Sequence[int]]) -> _Way:
+    """What these choices take together; the siblings of `sets` run as one product if they can."""
+    taken = {i: layers[i].option(name) for i, name in candidates.items()}
+    as_one = {i for places in sets if _fuse(layers, places, candidates) for i in places}
+    us = [o.fused.us if i in as_one and o.fused is not None else o.us or 0.0 for i, o in taken.items()]
+    return _Way(
+        candidates, sum(us), sum(o.harm or 0.0 for o in taken.values()), sum(o.nbytes or 0 for o in taken.values())
+    )
+
+
+def _open(layers: Sequence[LayerPlan], group: Sequence[int]) -> list[str]:
+    """The candidates that every layer of the group may use, in their order. Raises BudgetError if there is none."""
+    menus = [[option.candidate for option in _eligible(layers[i])] for i in group]
+    names = [candidate for candidate in menus[0] if all(candidate in menu for menu in menus)]
+    if not names:
+        raise BudgetError(_nothing_open([layers[i] for i in group]))
+    return names
+
+
+def siblings_of(layers: Sequence[LayerPlan]) -> list[list[int]]:
+    """The sets of siblings among the layers: the indices of each, in order."""
+    sets: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
-        groups.setdefault(layer.group or f" {i}", []).append(i)
-    return list(groups.values())
+        if layer.siblings:
+            sets.setdefault(layer.siblings, []).append(i)
+    return [places for places in sets.values() if len(places) > 1]
 
 
-def _menu(layers: Sequence[LayerPlan]) -> list[str]:
-    """The candidates that every one of `layers` may use, in their order."""
-    menus = [[option.candidate for option in _eligible(layer)] for layer in layers]
-    return [candidate for candidate in menus[0] if all(candidate in menu for menu in menus)]
+def fused_sets(layers: Sequence[LayerPlan]) -> list[list[int]]:
+    """The sets of siblings that run as one product."""
+    chosen = {i: layer.chosen for i, layer in enumerate(layers)}
+    return [
+        places
+        for places in siblings_of(layers)
+        if all(layers[i].runs_fused for i in places) and _fuse(layers, places, chosen)
+    ]
+
+
+def _fuse(layers: Sequence[LayerPlan], places: Sequence[int], candidates: Mapping[int, str]) -> bool:
+    """Whether these siblings run as one product: they chose alike, and it is offered, which says that it is faster."""
+    return len({candidates[i] for i in places}) == 1 and all(
+        layers[i].option(candidates[i]).fused is not None for i in places
+    )
 
 
 def _nothing_open(layers: Sequence[LayerPlan]) -> str:
@@ -154,8 +243,10 @@ def _eligible(layer: LayerPlan) -> list[Option]:
 
 
 def choosing(layers: Sequence[LayerPlan], candidates: Sequence[str]) -> list[LayerPlan]:
-    """The layers with these candidates chosen."""
-    return [replace(layer, chosen=name) for layer, name in zip(layers, candidates, strict=True)]
+    """The layers with these candidates chosen; siblings that chose alike run as one product where that is faster."""
+    names = dict(enumerate(candidates))
+    as_one = {i for places in siblings_of(layers) if _fuse(layers, places, names) for i in places}
+    return [replace(layer, chosen=names[i], runs_fused=i in as_one) for i, layer in enumerate(layers)]
 
 
 def total_us(layers: Sequence[LayerPlan]) -> float:
@@ -178,6 +269,11 @@ def float_bytes(layer: LayerPlan) -> int:
     return layer.in_features * layer.out_features * FLOAT_BYTES[layer.dtype]
 
 
+def is_pinned(layer: LayerPlan) -> bool:
+    """Whether the caller had forced the chosen candidate on the layer, so that others were not asked."""
+    return any(option.rejected == f"{_PINNED}{layer.chosen}" for option in layer.options)
+
+
 def kernel_names(program: str) -> str:
     """The kernels of a program, in order of rows."""
     return "/".join(step.partition(":")[2] for step in program.split(","))
@@ -197,23 +293,21 @@ def explained(layer: LayerPlan, budget: Budget, kappa: float, pinned: bool) -> L
         reason = "exact, and faster"
     else:
         reason = "nothing is surely faster"
+    if layer.runs_fused:
+        reason += f"; as one product with {layer.siblings}"
     return replace(layer, reason=reason)
 
 
 def frontier(layers: Sequence[LayerPlan], kappa: float) -> tuple[FrontierPoint, ...]:
     """The fastest plans over the range of divergences that the options span, each solved exactly."""
-    harms = [
-        [
-            kappa * sum(layers[i].option(candidate).harm or 0.0 for i in group)
-            for candidate in _menu([layers[i] for i in group])
-        ]
-        for group in _decisions(layers)
-    ]
+    menus = _menus(layers, bytes_count=False)
+    harms = [[kappa * way.harm for way in menu] for menu in menus]
     least, most = sum(map(min, harms)), sum(map(max, harms))
     limits = [least, *np.geomspace(max(least, most / 1e4), most, _FRONTIER_POINTS).tolist()] if most else [0.0]
     points: list[FrontierPoint] = []
     for limit in limits:
-        chosen = choosing(layers, choose(layers, Budget(divergence=limit * (1 + 1e-9)), kappa).candidates)
+        choice = _choose(layers, menus, Budget(divergence=limit * (1 + 1e-9)), kappa)
+        chosen = choosing(layers, choice.candidates)
         point = FrontierPoint(
             divergence=kappa * total_harm(chosen),
             us=total_us(chosen),
@@ -245,5 +339,5 @@ def keep_float(layers: Sequence[LayerPlan], reason: str) -> tuple[LayerPlan, ...
         us = layer.baseline_us
         plain = Option("none", PLAIN, us, us, us, nbytes=float_bytes(layer), harm=0.0)
         options = tuple(plain if option.candidate == "none" else option for option in layer.options)
-        kept.append(replace(layer, chosen="none", options=options, reason=reason))
+        kept.append(replace(layer, chosen="none", runs_fused=False, options=options, reason=reason))
     return tuple(kept)

@@ -1,32 +1,303 @@
-"""Do no harm: the whole planned model's divergence on held-out inputs, and its speed against the float model."""
+"""Do no harm: the whole planned model's output on held-out inputs, its speed, and what the user's own metric says."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from autoplan import timing
 from autoplan.apply import swapped
-from autoplan.divergence import OutputPicker, Reference, Terms, call, compare
+from autoplan.divergence import (
+    OutputPicker,
+    Reference,
+    Terms,
+    argument,
+    call,
+    compare,
+    kl_by_position,
+    main_output,
+    terms,
+    undisturbed,
+)
+from autoplan.errors import AutoplanError
 from autoplan.recorder import ModelInput, device_of_model
-from autoplan.records import COMPILED, EAGER, Estimate
+from autoplan.records import COMPILED, EAGER, NO_DIVERGENCE, Estimate, LayerPlan, Outcome
+from autoplan.rescale import Measured, put_back
+from autoplan.selection import Budget, best_uniform, explained, is_plain, keep_float
 
 Layers = Mapping[str, nn.Module]
+Evaluate = Callable[[nn.Module], float]
 
 _MIN_ROUNDS, _MAX_ROUNDS = 8, 40
 _GPU_WARM_UPS = 3  # calls that compile, that record a CUDA graph, and that replay it
+_SECONDS = 20.0  # for timing the whole model
+_TOLERANCE = 0.01  # of the float model's score, where the caller of `evaluate` names none
 
 
-def divergence_of(
-    model: nn.Module, layers: Layers, references: Sequence[Reference], picker: OutputPicker | None
-) -> Terms:
-    """The divergence terms of `model` with `layers` swapped in. Call inside `undisturbed`."""
-    with swapped(model, layers):
-        return compare(model, references, picker)
+@dataclass(frozen=True)
+class Whole:
+    """The whole model, to try plans in: nothing of them stays. Call its methods inside `undisturbed`."""
+
+    model: nn.Module
+    stand_ins: Callable[[Sequence[LayerPlan]], Layers]  # the modules that a plan puts into the model
+    inputs: Sequence[ModelInput]
+    weights: Mapping[str, float]  # of workloads
+    picker: OutputPicker | None
+    mode: str
+    seed: int
+
+    def measure(self, plan: Sequence[LayerPlan], against: Sequence[Reference]) -> Measured:
+        """The divergence of the planned model, with its one-sided 95 % upper bound."""
+        with swapped(self.model, self.stand_ins(plan)):
+            found = compare(self.model, against, self.picker)
+        return Measured(found.divergence(), found.upper_bound(self.seed))
+
+    def judged(self, outcome: Outcome, plan: Sequence[LayerPlan], against: Sequence[Reference]) -> Outcome:
+        """The outcome with the planned model's figures on these inputs."""
+        rows, kl, same, losses = [], [], [], []
+        with swapped(self.model, self.stand_ins(plan)):
+            for reference in against:
+                output, _ = main_output(call(self.model, reference.model_input), self.picker)
+                rows.append(terms(reference, output))
+                if reference.logits:
+                    counts = _counted(reference)
+                    kl.append(kl_by_position(reference, output)[counts].double().cpu())
+                    same.append((reference.output.argmax(-1) == output.argmax(-1))[counts].double().cpu())
+                    losses += _next_token_losses(self.model, reference, output)
+        found = Terms(np.concatenate(rows))
+        if not math.isfinite(found.divergence()):
+            return replace(outcome, divergence=found.estimate(), divergence_bound=found.upper_bound())
+        tail = np.concatenate(kl) if kl else found.values[:, 0] / np.where(found.values[:, 1], found.values[:, 1], 1.0)
+        return replace(
+            outcome,
+            divergence=found.estimate(self.seed),
+            divergence_bound=found.upper_bound(self.seed),
+            divergence_p99=float(np.quantile(tail, 0.99)) if tail.size else None,
+            top1_agreement=float(torch.cat(same).mean()) if kl and tail.size else None,
+            perplexity_ratio=_perplexity_ratio(losses),
+        )
+
+    def score(self, evaluate: Evaluate, plan: Sequence[LayerPlan]) -> float:
+        """What the user's metric says of the planned model. Raises AutoplanError where that is no number."""
+        with swapped(self.model, self.stand_ins(plan)):
+            score = evaluate(self.model)
+        try:
+            return float(score)
+        except (TypeError, ValueError):
+            raise AutoplanError(f"evaluate() must return a number, and returned {type(score).__name__}") from None
+
+
+def _counted(reference: Reference) -> Tensor:
+    """The positions of logits that count, bool [batch] or [batch, tokens]."""
+    positions = reference.output.shape[:-1]
+    return torch.ones(positions, dtype=torch.bool, device=reference.output.device) if reference.mask is None else (
+        reference.mask
+    )  # fmt: skip
+
+
+class _Loss(NamedTuple):
+    """Sums of cross entropies over an input's tokens, nats."""
+
+    float_next: float  # the float model, of the token that comes next
+    float_own: float  # the float model, of the token that it was given
+    planned_next: float
+    tokens: int
+
+
+def _next_token_losses(model: nn.Module, reference: Reference, output: Tensor) -> list[_Loss]:
+    """The losses, if the output has a class for every token of an input [batch, tokens]; else none."""
+    ids = argument(model, reference.model_input, "decoder_input_ids")
+    ids = argument(model, reference.model_input, "input_ids") if ids is None else ids
+    y = reference.output
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or y.dim() != 3 or ids.shape != y.shape[:2]:
+        return []
+    ids, counts = ids.to(y.device).long(), _counted(reference)
+    ids = torch.where(counts, ids, 0)
+    both = counts[:, 1:] & counts[:, :-1]
+    if not bool(both.any()) or int(ids.min()) < 0 or int(ids.max()) >= y.shape[-1]:
+        return []
+
+    def loss(logits: Tensor, labels: Tensor) -> float:
+        return float(F.cross_entropy(logits[:, :-1][both].float(), labels[both], reduction="sum"))
+
+    return [_Loss(loss(y, ids[:, 1:]), loss(y, ids[:, :-1]), loss(output, ids[:, 1:]), int(both.sum()))]
+
+
+def _perplexity_ratio(losses: Sequence[_Loss]) -> float | None:
+    """Perplexity planned / float; None for models that predict the token they are given, as masked ones do."""
+    tokens = sum(loss.tokens for loss in losses)
+    if not tokens or sum(loss.float_next for loss in losses) >= sum(loss.float_own for loss in losses):
+        return None
+    ratio = math.exp(min(sum(loss.planned_next - loss.float_next for loss in losses) / tokens, 700.0))
+    return ratio if math.isfinite(ratio) else None
+
+
+def do_no_harm(
+    whole: Whole,
+    plan: Sequence[LayerPlan],
+    budget: Budget,
+    outcome: Outcome,
+    final: Sequence[Reference],
+    *,
+    judge: tuple[Evaluate, float | None] | None = None,
+    pinned: Collection[str] = (),
+    seconds_left: Callable[[], float] = lambda: math.inf,
+) -> tuple[Sequence[LayerPlan], Outcome]:
+    """The plan with the reason of every choice, and what was measured of it; or the float model, and why.
+
+    The float model is kept if on the final split the divergence is surely above the budget; if the user's metric
+    falls by more than its tolerance and no part of the plan is found that it accepts; and if as a whole the plan is not
+    surely faster (unless the caller pinned layers, or asked for fewer bytes). A uniform plan that is surely faster than
+    the solver's as a whole is taken in its place.
+    """
+    name, uniform = best_uniform(plan, budget, outcome.kappa)
+    outcome = replace(outcome, uniform=name)
+    if all(map(is_plain, plan)):
+        note = "nothing was switched: no candidate is faster, accurate enough and inside the budget"
+        return _explained(plan, budget, outcome, pinned), _noted(outcome, note)
+    with undisturbed(whole.model):
+        outcome = whole.judged(outcome, plan, final)
+    if reason := _too_far(plan, budget, outcome, pinned):
+        return _float_kept(plan, outcome, reason)
+    jury = _Jury(whole, judge)
+    if not jury.accepts(plan):
+        accepted = put_back(plan, lambda fewer: seconds_left() > 0 and jury.accepts(fewer))
+        if accepted is None or all(map(is_plain, accepted)):
+            return _float_kept(plan, outcome, f"{jury.verdict}, so the float model is kept")
+        back = sum(before.chosen != after.chosen for before, after in zip(plan, accepted, strict=True))
+        outcome = _noted(outcome, f"{jury.verdict}, so {back} layers were put back to none: that it accepts")
+        plan = accepted
+        with undisturbed(whole.model):
+            outcome = whole.judged(outcome, plan, final)
+    variants = {"float": {}, "plan": whole.stand_ins(plan)}
+    if [layer.chosen for layer in uniform] != [layer.chosen for layer in plan]:
+        variants["uniform"] = whole.stand_ins(uniform)
+    with undisturbed(whole.model, eager=False):
+        times = whole_model_times(
+            whole.model,
+            variants,
+            whole.inputs,
+            whole.weights,
+            baseline="plan",
+            mode=whole.mode,
+            seconds=min(_SECONDS, max(seconds_left(), 0.0)),
+            seed=whole.seed,
+        )
+    speedup = times.ratios["float"]
+    outcome = replace(
+        outcome,
+        speedup=speedup,
+        versus_uniform=times.ratios.get("uniform"),
+        float_us=speedup.value * times.baseline_us,
+    )
+    explained_plan = _explained(plan, budget, outcome, pinned)
+    if outcome.versus_uniform is not None and outcome.versus_uniform.high < 1:
+        explained_plan, outcome = _consider_uniform(whole, explained_plan, uniform, budget, outcome, final, jury)
+    speedup = outcome.speedup or speedup
+    if speedup.low <= 1 and not pinned and budget.nbytes is None:
+        reason = (
+            f"as a whole the planned model is not surely faster than the float model ({speedup.value:.2f}x, 95 % "
+            f"interval {speedup.low:.2f} to {speedup.high:.2f}), so the float model is kept"
+        )
+        return _float_kept(plan, outcome, reason)
+    return explained_plan, outcome
+
+
+class _Jury:
+    """The user's own metric, if there is one, asked about plans."""
+
+    def __init__(self, whole: Whole, judge: tuple[Evaluate, float | None] | None) -> None:
+        self._whole, self._judge = whole, judge
+        self._before: float | None = None
+        self.verdict = ""  # on the first plan that was not accepted
+
+    def accepts(self, plan: Sequence[LayerPlan]) -> bool:
+        if self._judge is None:
+            return True
+        evaluate, tolerance = self._judge
+        with undisturbed(self._whole.model, eager=False):
+            if self._before is None:
+                self._before = self._whole.score(evaluate, ())
+            before, after = self._before, self._whole.score(evaluate, plan)
+        allowed = _TOLERANCE * abs(before) if tolerance is None else tolerance
+        if after >= before - allowed:
+            return True
+        if not self.verdict and (math.isnan(before) or math.isnan(after)):
+            self.verdict = f"evaluate() gave {before:g} for the float model and {after:g} for the planned one"
+        elif not self.verdict:
+            self.verdict = f"evaluate() fell from {before:.6g} to {after:.6g}, by more than {allowed:.3g}"
+        return False
+
+
+def _too_far(plan: Sequence[LayerPlan], budget: Budget, outcome: Outcome, pinned: Collection[str]) -> str | None:
+    """Why the output on the final split forbids the plan, or None."""
+    limit, divergence = budget.divergence, outcome.divergence
+    if not math.isfinite(divergence.value):
+        return "the planned model's output is not finite on the final split, so the float model is kept"
+    exact = all(layer.chosen == "none" for layer in plan)  # but for rounding
+    if limit is None or divergence.low <= limit or pinned or exact:
+        return None
+    return (
+        f"on the final split the divergence is {divergence.value:.3g}, surely above the budget of {limit:.3g}, so the "
+        "float model is kept"
+    )
+
+
+def _consider_uniform(
+    whole: Whole,
+    plan: list[LayerPlan],
+    uniform: list[LayerPlan],
+    budget: Budget,
+    outcome: Outcome,
+    final: Sequence[Reference],
+    jury: _Jury,
+) -> tuple[list[LayerPlan], Outcome]:
+    """A uniform plan surely beat the solver's as a whole: take it, if it keeps the budget and the user's metric."""
+    ratio, was = outcome.versus_uniform, outcome.speedup
+    if ratio is None or was is None:
+        return plan, outcome
+    with undisturbed(whole.model):
+        taken = whole.judged(outcome, uniform, final)
+    if budget.divergence is not None and (taken.divergence_bound or 0.0) > budget.divergence:
+        note = f"uniform {outcome.uniform} was faster as a whole, but its divergence breaks the budget"
+        return plan, _noted(outcome, note)
+    if not jury.accepts(uniform):
+        return plan, _noted(outcome, f"uniform {outcome.uniform} was faster as a whole, but {jury.verdict}")
+    speedup = Estimate(*(value / ratio.value for value in (was.value, was.low, was.high)))
+    note = f"uniform {outcome.uniform} was {1 / ratio.value:.2f}x faster as a whole, and was taken"
+    layers = [replace(layer, reason="faster as a whole: see note") for layer in uniform]
+    return layers, _noted(replace(taken, speedup=speedup, versus_uniform=None), note)
+
+
+def _explained(plan: Sequence[LayerPlan], budget: Budget, outcome: Outcome, pinned: Collection[str]) -> list[LayerPlan]:
+    return [explained(layer, budget, outcome.kappa, layer.name in pinned) for layer in plan]
+
+
+def _float_kept(plan: Sequence[LayerPlan], outcome: Outcome, reason: str) -> tuple[Sequence[LayerPlan], Outcome]:
+    kept = Outcome(
+        None, outcome.uniform, None, NO_DIVERGENCE, outcome.logits, outcome.held_out, outcome.kappa,
+        outcome.rounds, outcome.notes,
+    )  # fmt: skip
+    return keep_float(plan, "the float model is kept: see the notes"), _noted(kept, reason)
+
+
+def _noted(outcome: Outcome, note: str) -> Outcome:
+    return replace(outcome, notes=(*outcome.notes, note))
+
+
+class WholeTimes(NamedTuple):
+    """Times of variants of the whole model."""
+
+    ratios: dict[str, Estimate]  # variant -> its time / the baseline's
+    baseline_us: float  # in one forward of each workload, times its weight
 
 
 def whole_model_times(
@@ -39,8 +310,8 @@ def whole_model_times(
     mode: str,
     seconds: float,
     seed: int,
-) -> dict[str, Estimate]:
-    """Time of each variant of the model / time of the variant `baseline`: paired, one recorded input per workload.
+) -> WholeTimes:
+    """Time of each variant of the model, and over that of the variant `baseline`: paired, one input per workload.
 
     With several workloads the ratios are weighted by what each workload takes. Takes about `seconds` beside compiling,
     but never less than the rounds that an interval needs.
@@ -65,7 +336,8 @@ def whole_model_times(
         for name, result in results.items():
             for i, ratio in enumerate((result.ratio, result.ratio_low, result.ratio_high)):
                 totals[name][i] += weight * ratio
-    return {name: Estimate(*(total / share for total in sums)) for name, sums in totals.items()}
+    ratios = {name: Estimate(*(total / share for total in sums)) for name, sums in totals.items()}
+    return WholeTimes(ratios, share)
 
 
 def _affordable_rounds(calls: Collection[Callable[[], object]], seconds: float, clock: Callable[[], int]) -> int:

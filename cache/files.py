@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import PurePath
 from typing import Any, TypeAlias
 from urllib.parse import unquote, urlsplit
 
@@ -15,6 +17,7 @@ import filelock
 
 from autoplan.errors import CacheError
 
+_FORMER_URL = re.compile(r"[a-z][a-z0-9+.-]+:/(?!/)")
 _LOCK_SECONDS = 60.0
 _LOCK_POLL_SECONDS = 0.002
 
@@ -57,7 +60,7 @@ class Local:
 
         `durable` waits until the disk has it; without, a power cut (not a kill) may cost the newest files.
         """
-        target = os.path.realpath(self.path)  # a link stays a link
+        target = os.path.realpath(self.path) if os.path.islink(self.path) else self.path  # a link stays a link
         folder, name = os.path.split(target)
         temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
         try:
@@ -189,11 +192,13 @@ def place(path: str | os.PathLike[str] | Place) -> Place:
     """What a path or URL means. `file://` is this machine.
 
     Raises:
-        CacheError: what the URL needs is not installed.
+        CacheError: what the URL needs is not installed, or it is a URL that was made a Path.
     """
     if isinstance(path, Local | Remote):
         return path
     text = os.fspath(path)
+    if isinstance(path, PurePath) and _FORMER_URL.match(text):
+        raise CacheError(f"{text} was a URL: a Path makes one slash of two, so pass it as a str")
     if "://" not in text:
         return Local(path)
     if text.startswith("file://"):

@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import platformdirs
 
-from autoplan.cache import codec, files
+from autoplan.cache import codec, files, peek
 from autoplan.cache.codec import Plain
 from autoplan.errors import CacheError
 
@@ -299,13 +299,13 @@ class _File:
         self._place, self._read_only = place, read_only
         self._lock = place.lock()
         self._keeps_off = ""  # why the file is one that we must not touch
-        self._records = self._read()
+        self._records = self._glance() or self._read()  # of those, bytes are yet to be parsed
 
     def keys(self, kind: Kind) -> Collection[str]:
         return self._records[kind].keys()
 
     def get(self, kind: Kind, key: str) -> Record | None:
-        record = self._records[kind].get(key)
+        record = self._parsed(kind, key)
         return None if _problem(key, record) else cast(Record, record)
 
     def put(self, records: _Records) -> _Records:
@@ -326,7 +326,25 @@ class _File:
     def problems(self) -> dict[str, str]:
         if self._keeps_off:
             return {str(self._place): self._keeps_off}
-        return _problems(self._records)
+        return _problems({kind: {key: self._parsed(kind, key) for key in own} for kind, own in self._records.items()})
+
+    def _parsed(self, kind: str, key: str) -> object:
+        found = self._records[kind].get(key)
+        if isinstance(found, bytes):
+            try:
+                found = codec.loads_json(found)
+            except CacheError:
+                found = None  # no record, and said to be none
+            self._records[kind][key] = found
+        return found
+
+    def _glance(self) -> _Records | None:
+        """The records of a large .json file, each to be parsed when it is asked for; None for any other file."""
+        try:
+            data = self._place.read(codec.MAX_BYTES) if self._place.suffix == ".json" else b""
+        except OSError:
+            return None  # whoever reads it next will say why
+        return peek.records_in(data, FORMAT, SCHEMA, KINDS) if len(data) <= codec.MAX_BYTES else None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -403,9 +421,10 @@ class _Folder:
             for kind in KINDS:
                 if records[kind]:
                     (self._place / kind).make_folder()
+                present = set(self.keys(kind)) if len(records[kind]) > 1 else records[kind].keys()
                 for key, record in records[kind].items():
                     try:
-                        if self._read(kind, key) == record:
+                        if key in present and self._read(kind, key) == record:
                             continue
                     except codec.ForeignError:
                         refused[kind][key] = record

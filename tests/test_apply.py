@@ -177,7 +177,7 @@ def test_a_plan_that_cannot_run_here_changes_nothing(plan: Plan, change: dict[st
 
 
 def test_arguments(plan: Plan) -> None:
-    with pytest.raises(AutoplanError, match='"check" or "skip"'):
+    with pytest.raises(AutoplanError, match='"check", "strict" or "skip"'):
         apply_plan(mlp(), plan, weights="never")  # type: ignore[arg-type]
     with pytest.raises(AutoplanError, match="has no plan"):
         plan_of(mlp())

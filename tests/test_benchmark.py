@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from autoplan import PlanCache, benchmark, timing
-from autoplan.benchmark import BASELINE, Contender, bucket_rows, measure, shapes_of
+from autoplan.arms import Contender
+from autoplan.benchmark import BASELINE, bucket_rows, measure, shapes_of
 from autoplan.candidates import Candidate, find_candidate
 from autoplan.kernels.ops import find_kernel
 from autoplan.records import Call, Device, LayerProfile, Measurement, Shape

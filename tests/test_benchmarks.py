@@ -1,18 +1,22 @@
-"""The GPU benchmarks work as scripts: on a CPU, tiny, and of no use as measurements."""
+"""The benchmarks work as scripts: on a CPU, tiny, and of no use as measurements."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from autoplan import planner, timing
+from autoplan import timing, validate
+from autoplan.candidates import base
+from autoplan.kernels import ops
 from autoplan.timing import compare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +32,7 @@ def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script
     monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
@@ -65,7 +70,7 @@ def test_a_kernel_that_is_wrong_is_told_and_not_timed(
 @pytest.mark.parametrize("script", ["decode"], indirect=True)
 def test_a_decoder(script: ModuleType, tmp_path: Path, timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "compare", compare)  # planning's timer stays the fake one
-    monkeypatch.setattr(planner, "_WHOLE_MODEL_SECONDS", 0.1)
+    monkeypatch.setattr(validate, "_SECONDS", 0.1)
     arguments = ["--device", "cpu", "--small", "--mode", "eager", "--scenarios", "decode-32", "--layers", "1"]
     assert script.main([*arguments, "--candidates", "int8_dynamic", "--out", str(tmp_path)]) == 0
     rows = {row["variant"]: row for row in rows_of(tmp_path / "decode.csv")}
@@ -89,8 +94,102 @@ def test_decoding_token_by_token_gives_what_the_whole_prompt_gives(script: Modul
     torch.testing.assert_close(stepped, whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("script", ["planners"], indirect=True)
+def test_planners(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_CANDIDATES", dict(base._CANDIDATES))
+    monkeypatch.setattr(ops, "_KERNELS", dict(ops._KERNELS))
+    monkeypatch.setattr(script.sys.modules["planner_peers"], "modelopt", None)
+    monkeypatch.setitem(sys.modules, "auto_round", None)
+    assert script.main(["--quick", "--turns", "1", "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "planners.csv")
+    assert {row["planner"] for row in rows} == set(script.PLANNERS)
+    for row in rows:
+        if row["planner"].startswith(("modelopt", "autoround")):
+            assert row["note"].startswith("not run: ")  # a library that is not here
+        else:
+            assert float(row["bits"]) <= float(row["budget"]) + 1e-6
+            assert float(row["kl"]) > 0
+            assert row["torch"] == torch.__version__
+        if row["planner"] == script.OURS:
+            assert float(row["ours/it"]) == 1
+    quality = {(row["model"], row["strategy"]): row for row in rows_of(tmp_path / "planners_prediction.csv")}
+    assert set(quality) == {(model, strategy) for model in ("plain", "outliers") for strategy in ("fisher", "kl")}
+    assert all(float(row["spearman"]) > 0.9 for row in quality.values())  # 8 plans of a model that has hardly learned
+
+
+@pytest.mark.parametrize("script", ["planners"], indirect=True)
+def test_outlier_channels_leave_the_function_as_it_is(script: ModuleType) -> None:
+    tokens = torch.randint(256, (3, 17))
+    model = script.trained(replace(script.QUICK, steps=2), tokens.flatten().repeat(9), 0)
+    changed = script.with_outliers(model, 0)
+    largest = changed.model.layers[0].input_layernorm.weight.max() / model.model.layers[0].input_layernorm.weight.max()
+    assert 20 < largest < 30
+    torch.testing.assert_close(changed(input_ids=tokens).logits, model(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("script", ["planners"], indirect=True)
+def test_fake_quantizers_round_to_their_formats(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = script.sys.modules["planner_peers"]
+    monkeypatch.setattr(peers, "modelopt", None)
+    weight = torch.randn(7, 48)
+    for name, levels in {"int3_b16": 3, "int4_b16": 7, "int6_b16": 31, "int8": 127}.items():
+        rounded = peers.FakeQuantized(name, peers.FORMATS[name]).quantize(weight)["weight"]
+        blocks, of_blocks = (t.view(-1, 48 if name == "int8" else 16) for t in (weight, rounded))
+        scale = blocks.abs().amax(1, keepdim=True) / levels
+        torch.testing.assert_close(of_blocks, (blocks / scale).round() * scale, rtol=1e-5, atol=1e-6)
+    x = torch.randn(5, 48) * torch.logspace(-2, 2, 5)[:, None]
+    fp8 = peers.FakeQuantized("fp8", peers.FORMATS["fp8"])
+    y = fp8.linear(x, {"weight": torch.eye(48)}, None)
+    scale = x.abs().amax(1, keepdim=True) / 448
+    torch.testing.assert_close(y, (x / scale).to(torch.float8_e4m3fn).float() * scale, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("script", ["gpu", "decode"], indirect=True)
 def test_without_a_gpu_they_say_so(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main([]) == 2
     assert "--device cpu --small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["scoreboard"], indirect=True)
+def test_the_scoreboard(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timer: Any) -> None:
+    monkeypatch.setattr(timing, "compare", compare)  # planning's races stay the fake ones
+    monkeypatch.setattr(validate, "_SECONDS", 0.1)
+    monkeypatch.setattr(script, "TOO_SLOW", 1000.0)
+    monkeypatch.setitem(sys.modules, "optimum.quanto", None)
+    arguments = ["--quick", "--workloads", "layers", "--peers", "bfloat16 eager", "quanto int8"]
+    assert script.main([*arguments, "--out", str(tmp_path)]) == 0
+    rows = {row["peer"]: row for row in rows_of(tmp_path / "scoreboard-layers.csv")}
+    assert set(rows) == {"float32 eager", "autoplan balanced", "bfloat16 eager", "quanto int8"}
+    assert rows.pop("quanto int8")["note"].startswith("not run: ModuleNotFoundError")  # a library that is not here
+    for row in rows.values():
+        assert float(row["ms"]) > 0
+        assert float(row["speedup_low"]) <= float(row["speedup"]) <= float(row["speedup_high"])
+        assert row["torch"] == torch.__version__
+    assert float(rows["float32 eager"]["relative_error"]) == 0
+    assert 1e-7 < float(rows["bfloat16 eager"]["relative_error"]) < 1e-4  # 8 bits of mantissa, in a product of 64
+    assert float(rows["bfloat16 eager"]["mib"]) == float(rows["float32 eager"]["mib"]) / 2
+    page = (tmp_path / "scoreboard.md").read_text()
+    assert all(f"| {peer}" in page for peer in rows)
+
+
+@pytest.mark.parametrize("script", ["scoreboard"], indirect=True)
+def test_a_peer_that_kills_the_process_is_a_row(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trying = {"workload": "w", "peer": "deadly", "scenarios": ["s", "t"]}
+
+    def child(command: list[str], **_: Any) -> Any:
+        journal = Path(command[command.index("--journal") + 1])
+        if journal.exists():  # the second time: it goes on
+            script.note(journal, row={"workload": "w", "scenario": "s", "peer": "next"})
+            return SimpleNamespace(returncode=0)
+        script.note(journal, row={"workload": "w", "scenario": "s", "peer": "deadly"})
+        script.note(journal, trying=trying)
+        return SimpleNamespace(returncode=-11)
+
+    monkeypatch.setattr(script.subprocess, "run", child)
+    arguments = argparse.Namespace(journal=tmp_path / "j", seconds=1.0, patience=1.0, full=False, peers=None)
+    rows = script.in_a_child("layers", arguments, str(tmp_path))
+    assert [(row["peer"], row["scenario"]) for row in rows] == [("deadly", "s"), ("deadly", "t"), ("next", "s")]
+    assert [row.get("note") for row in rows] == [None, "killed the process: SIGSEGV", None]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autoplan import AutoplanError, Plan, apply_plan, benchmark, planner, record, timing, validate
 from autoplan.apply import stand_ins
-from autoplan.benchmark import Contender
+from autoplan.arms import Contender
 from autoplan.candidates import Candidate, base, find_candidate
 from autoplan.divergence import call
 from autoplan.kernels import find_kernel, ops
@@ -43,6 +43,7 @@ def test_layers_on_cuda_are_planned_and_those_elsewhere_are_not() -> None:
         ],
         left_alone=[],
         not_called=list,
+        siblings=lambda among: [],
     )
     kept, left_alone = Request().layers(recording)
     assert [layer.name for layer in kept] == ["cpu", "cuda"]

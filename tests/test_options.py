@@ -145,3 +145,32 @@ def test_a_pin_to_a_candidate_of_two_modes_holds_even_where_only_one_pays() -> N
     options_ = planned({1: {WEIGHT_ONLY: 0.3}}, pinned={"layer": "int8_dual"})
     assert not options_["int8_dual"].rejected
     assert options_["int8_weight_only"].rejected == "pinned to int8_dual"
+
+
+class Pooled(nn.Module):
+    """Returns what is judged, and beside it what another layer makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.judged, self.pooler = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.judged(x)
+        return y, self.pooler(y)
+
+
+def test_a_layer_that_the_judged_output_does_not_depend_on_stays_as_it_is(timer: Any) -> None:
+    torch.manual_seed(5)
+    model = Pooled()
+    with record(model) as recording:
+        for _ in range(3):
+            model(torch.randn(8, 64))
+    asked: Any = {"candidates": ["int8_dynamic"], "budget": Budget(divergence=0.1), "cache": False}
+    plan = make_plan(model, recording, **asked)
+    judged, pooler = plan.layers
+    assert (judged.chosen, pooler.chosen) == ("int8_dynamic", "none")
+    assert "does not reach the output that is judged" in pooler.option("int8_dynamic").rejected
+    both = make_plan(model, recording, output=lambda made: torch.cat(made, dim=1), **asked)
+    assert [layer.chosen for layer in both.layers] == ["int8_dynamic", "int8_dynamic"]
+    pinned = make_plan(model, recording, pin={"pooler": "int8_dynamic"}, **asked)
+    assert [layer.chosen for layer in pinned.layers] == ["int8_dynamic", "int8_dynamic"]

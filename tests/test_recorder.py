@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import UserDict
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from autoplan import make_plan, record, recorder
 from autoplan.errors import RecordingError
 from autoplan.recorder import _Reservoir, as_calls, find_layers, match, unwrap
-from autoplan.records import Call
+from autoplan.records import Call, label
 
 
 class Net(nn.Module):
@@ -361,3 +363,102 @@ def test_a_recording_of_nothing_is_refused() -> None:
     assert not recording.profiles()
     with pytest.raises(RecordingError, match="nothing was recorded"):
         make_plan(model, recording, cache=False)
+
+
+# Layers that are fed by one tensor.
+
+
+class Attention(nn.Module):
+    """`way` of feeding q, k and v."""
+
+    def __init__(self, way: str = "same") -> None:
+        super().__init__()
+        self.way, self.calls = way, 0
+        self.q, self.k, self.v, self.o = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 8)
+        if way == "tied":
+            self.v.weight = self.k.weight
+        if way == "dtype":
+            self.v.half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = x.relu()
+        q = self.q(x)
+        if self.way == "between":
+            q = self.o(q)
+        if self.way == "in place":
+            x.mul_(2)
+        again = x.clone() if self.way == "copy" else x
+        k = self.k(again)
+        v = k if self.way == "sometimes" and self.calls == 2 else self.v(x.half() if self.way == "dtype" else x).float()
+        if self.way == "twice":
+            v = v + self.q(x)[..., :4]
+        return self.o(q + torch.cat((k, v), dim=-1))
+
+
+def siblings_of(model: nn.Module, *inputs: Tensor, among: Any = None) -> list[tuple[str, ...]]:
+    with record(model) as recording:
+        for x in inputs:
+            model(x)
+    return recording.siblings(recording.decisions if among is None else among)
+
+
+@pytest.mark.parametrize(
+    ("way", "found"),
+    [
+        ("same", [("q", "k", "v")]),
+        ("between", [("k", "v")]),
+        ("in place", [("k", "v")]),
+        ("copy", []),
+        ("sometimes", []),
+        ("twice", []),
+        ("tied", []),
+        ("dtype", [("q", "k")]),
+    ],
+)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_siblings_are_found_by_the_tensor_they_are_given(way: str, found: list[tuple[str, ...]], mode: Any) -> None:
+    with mode():
+        assert siblings_of(Attention(way), torch.randn(3, 8), torch.randn(2, 8)) == found
+
+
+def test_siblings_of_the_models_own_input_called_again_and_again() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 3), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat((self.a(x), self.b(x)), dim=-1)
+
+    x = torch.randn(3, 8)
+    assert siblings_of(Heads(), x, x, x) == [("a", "b")]
+    assert siblings_of(nn.Sequential(Heads(), Heads()), x) == [("0.a", "0.b"), ("1.a", "1.b")]
+
+
+def test_siblings_among_the_layers_that_are_planned() -> None:
+    assert siblings_of(Attention(), torch.randn(3, 8), among={"q", "v", "o"}) == [("q", "v")]
+    assert siblings_of(Attention(), torch.randn(3, 8), among={"q", "o"}) == []
+    assert label(["layers.0.q", "layers.0.k"]) == "layers.0.q+k"
+    assert label(["q", "k"]) == "q+k"
+    assert label(["a.q", "b.q"]) == "a.q+b.q"
+
+
+def test_recording_keeps_no_activation_alive() -> None:
+    seen: list[weakref.ref[Tensor]] = []
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 1
+            seen.append(weakref.ref(x))
+            return self.a(x)
+
+    model = Last()
+    with torch.no_grad(), record(model):
+        model(torch.randn(3, 8))
+        gc.collect()
+        assert seen[0]() is None

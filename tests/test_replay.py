@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoplan import Budget, Plan, PlanCache, apply_plan, make_plan, plan_of, record
+from autoplan import Budget, Plan, PlanCache, apply_plan, autoplan, make_plan, plan_of, record
+from autoplan.errors import PlanMismatchError
 
 # What both processes run.
 SOURCE = """
@@ -171,3 +172,50 @@ def test_a_plan_and_a_cache_at_a_url(timer: Any) -> None:
     assert planned("memory://fleet/cache") == plan
     assert (timer.races, timer.comparisons) == (races, comparisons)
     memory.store.clear()
+
+
+def forged() -> nn.Module:
+    """The model with two words of a weight exchanged, which no sampled digest sees (they are in one of its sums)."""
+    twin = large()
+    with torch.no_grad():
+        words = twin[0].weight.view(torch.int64).view(-1)
+        words[[1, 4094]] = words[[4094, 1]]
+    assert not torch.equal(twin[0].weight, large()[0].weight)
+    return twin
+
+
+def large() -> nn.Module:
+    torch.manual_seed(11)
+    return nn.Sequential(nn.Linear(160, 128), nn.ReLU(), nn.Linear(128, 64))
+
+
+def test_strict_digests_cover_every_byte(timer: Any, tmp_path: Path) -> None:
+    x = torch.randn(24, 160)
+    plans = {}
+    for strict in (False, True):
+        quick = autoplan(large(), x, budget=BUDGET, cache=False, strict=strict)
+        plan_of(quick).save(tmp_path / "plan.json")
+        plans[strict] = Plan.load(tmp_path / "plan.json")
+        digests = [layer["digest"] for layer in plans[strict].fingerprints["model"]["layers"].values()]
+        assert len(digests) == 2
+        assert all(digest.startswith("strict:" if strict else "sampled:") for digest in digests)
+    apply_plan(large(), plans[False], weights="check")
+    apply_plan(forged(), plans[False], weights="check")  # what a sample cannot see
+    apply_plan(large(), plans[True], weights="check")
+    apply_plan(large(), plans[True], weights="strict")
+    for weights in ("check", "strict"):
+        twin = forged()
+        with pytest.raises(PlanMismatchError, match="0 has other weights"):
+            apply_plan(twin, plans[True], weights=weights)  # type: ignore[arg-type]
+        assert all(type(module) in (nn.Linear, nn.ReLU) for module in twin)
+    apply_plan(forged(), plans[True], weights="skip")
+    with pytest.raises(PlanMismatchError, match="make it with strict=True"):
+        apply_plan(large(), plans[False], weights="strict")
+
+
+def test_a_strict_plan_is_found_again_by_strict_planning_only(timer: Any) -> None:
+    cache, x = PlanCache(), torch.randn(24, 160)
+    for strict, known in ((True, False), (True, True), (False, False)):
+        before = timer.comparisons
+        autoplan(large(), x, budget=BUDGET, cache=cache, strict=strict)
+        assert (timer.comparisons == before) is known

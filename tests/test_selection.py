@@ -12,11 +12,19 @@ import pytest
 from autoplan import options, selection
 from autoplan.candidates import find_candidate
 from autoplan.errors import BudgetError
+from autoplan.kernels import ops
 from autoplan.options import Menu, Rules, with_scores, with_times
-from autoplan.records import Call, Device, LayerPlan, LayerProfile, Measurement, Option, Sensitivity, Shape
+from autoplan.records import Call, Device, Fused, LayerPlan, LayerProfile, Measurement, Option, Sensitivity, Shape
 from autoplan.selection import Budget, best_uniform, choose, choosing, explained, frontier, keep_float
 
 CPU = Device("cpu", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def kernels_by_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels that these tests make up: programs may name only registered ones."""
+    for name in ("few", "many", "fast", "safe", "k"):
+        monkeypatch.setitem(ops._KERNELS, name, replace(ops.find_kernel("linear"), name=name))
 
 
 def layer(name: str, *menu: tuple[str, float, float, int], group: str = "", **changes: Any) -> LayerPlan:
@@ -273,3 +281,102 @@ def test_screening_names_every_reason() -> None:
     names = [(c.candidate.name, c.kernel.name) for own in wanted.values() for c in own]
     assert len(names) == len(set(names))
     assert ("none", "linear") in names
+
+
+# Siblings: one decision, and what they take as one product.
+
+
+def sibling(name: str, *menu: tuple[str, float, float, int], fused: dict[str, float], **changes: Any) -> LayerPlan:
+    """A layer of the set "q+k+v"; `fused`: what a candidate takes where all of them run it as one product."""
+    made = layer(name, *menu, siblings="q+k+v", **changes)
+    options_ = tuple(
+        replace(o, fused=Fused("1:wide", us, us, us)) if (us := fused.get(o.candidate)) else o for o in made.options
+    )
+    return replace(made, options=options_)
+
+
+QKV = [
+    sibling("q", ("bf16", 60, 1e-4, 200), ("int8", 50, 3e-3, 100), fused={"bf16": 30, "int8": 20}),
+    sibling("k", ("bf16", 40, 2e-4, 200), ("int8", 45, 1e-3, 100), fused={"bf16": 25, "int8": 15}),
+    sibling("v", ("bf16", 50, 5e-4, 200), ("int8", 30, 9e-3, 100), fused={"bf16": 28, "int8": 10}),
+]
+
+
+def brute(plan: list[LayerPlan]) -> tuple[float, float, int]:
+    """Time, harm and bytes of a plan, added up by hand."""
+    own = [item.option(item.chosen) for item in plan]
+    us = [o.us for o in own]
+    for members in (range(len(QKV)),):
+        together = {own[i].candidate for i in members}
+        if len(together) == 1 and all(own[i].fused for i in members):
+            us[: len(QKV)] = [own[i].fused.us for i in members]  # type: ignore[union-attr]
+    return sum(u or 0 for u in us), sum(o.harm or 0 for o in own), sum(o.nbytes or 0 for o in own)
+
+
+@pytest.mark.parametrize("nbytes", [None, 700, 1000])
+@pytest.mark.parametrize("limit", [0.0, 1e-4, 8e-4, 1e-3, 4e-3, 1.3e-2, 1.0])
+def test_siblings_are_chosen_exactly(limit: float, nbytes: int | None) -> None:
+    plan = [*QKV, *LAYERS]
+    every = [
+        choosing(plan, names) for names in itertools.product(*([o.candidate for o in item.options] for item in plan))
+    ]
+    keeps = [p for p in every if brute(p)[1] <= limit and (nbytes is None or brute(p)[2] <= nbytes)]
+    if not keeps:
+        with pytest.raises(BudgetError):
+            choose(plan, Budget(divergence=limit, nbytes=nbytes), 1.0)
+        return
+    chosen = choosing(plan, choose(plan, Budget(divergence=limit, nbytes=nbytes), 1.0).candidates)
+    us, harm, size = brute(chosen)
+    assert us == selection.total_us(chosen) == min(brute(p)[0] for p in keeps)
+    assert harm <= limit
+    assert nbytes is None or size <= nbytes
+
+
+def test_the_most_accurate_siblings_inside_a_time() -> None:
+    every = [choosing(QKV, names) for names in itertools.product(("none", "bf16", "int8"), repeat=3)]
+    for share in (0.16, 0.28, 0.5, 0.7, 1.0):
+        chosen = choosing(QKV, choose(QKV, Budget(time=share), 1.0).candidates)
+        assert brute(chosen)[0] <= share * 300
+        least = min(brute(p)[1] for p in every if brute(p)[0] <= share * 300)
+        assert selection.total_harm(chosen) == pytest.approx(least)
+
+
+def test_only_siblings_that_chose_alike_run_as_one() -> None:
+    alike, mixed = choosing(QKV, ["bf16"] * 3), choosing(QKV, ["bf16", "int8", "bf16"])
+    assert selection.fused_sets(alike) == [[0, 1, 2]]
+    assert [item.choice.us for item in alike] == [30, 25, 28]
+    assert {item.choice.program for item in alike} == {"1:wide"}
+    assert selection.fused_sets(mixed) == []
+    assert [item.choice.us for item in mixed] == [60, 45, 50]
+    assert selection.fused_sets(choosing(alike, ["none"] * 3)) == []
+    assert selection.fused_sets(keep_float(alike, "it was slower")) == []
+    assert selection.fused_sets(choosing(QKV[:1], ["bf16"])) == []
+    told = explained(alike[0], Budget(divergence=1.0), 1.0, pinned=False).reason
+    assert "as one product with q+k+v" in told
+
+
+def test_siblings_in_groups_and_with_pins() -> None:
+    tied = [replace(item, group="group 1") for item in QKV]
+    assert choose(tied, Budget(divergence=1e-3), 1.0).candidates == ("bf16",) * 3
+    assert selection.total_us(choosing(tied, ("bf16",) * 3)) == 83
+    assert choose(tied, Budget(divergence=1e-4), 1.0).candidates == ("none",) * 3
+    two = [replace(QKV[0], group="group 1"), QKV[1], replace(QKV[2], group="group 1")]
+    assert choose(two, Budget(divergence=1e-3), 1.0).candidates == ("bf16",) * 3
+    elsewhere = [replace(QKV[0], group="group 1"), *QKV[1:], replace(LAYERS[0], group="group 1")]
+    chosen = choosing(elsewhere, choose(elsewhere, Budget(divergence=1.0), 1.0).candidates)
+    assert chosen[0].chosen == chosen[3].chosen == "int8"
+    pinned = [
+        replace(item, options=tuple(o if o.candidate == "int8" else replace(o, rejected="pinned to int8")
+                                    for o in item.options))
+        for item in QKV
+    ]  # fmt: skip
+    assert selection.total_us(choosing(pinned, choose(pinned, Budget(divergence=1.0), 1.0).candidates)) == 45
+
+
+def test_the_frontier_and_the_best_uniform_plan_know_what_runs_as_one() -> None:
+    points = frontier(QKV, 1.0)
+    assert (points[0].us, points[0].divergence) == (300, 0)
+    assert points[-1].us == 45
+    assert 83 in [point.us for point in points]
+    name, uniform = best_uniform(QKV, Budget(divergence=1e-3), 1.0)
+    assert (name, selection.total_us(uniform)) == ("bf16", 83)

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from autoplan import Budget, PlanCache, autoplan, benchmark, kernels
-from autoplan.benchmark import Contender, measure
+from autoplan.arms import Contender
+from autoplan.benchmark import measure
 from autoplan.cache import codec, fingerprint
 from autoplan.candidates import find_candidate
 from autoplan.kernels.ops import find_kernel
-from autoplan.records import Shape
+from autoplan.records import Part, Shape
 
 SHAPE = Shape(4, 16, 16, True, "float32", "float32", "cpu", "eager")
 PLAIN = [Contender(find_candidate("none"), find_kernel("linear"))]
@@ -144,7 +145,10 @@ def test_a_change_in_any_kernel_source_makes_a_timing_a_miss(cache: PlanCache, t
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Shape) if field.name != "device"])
 def test_another_shape_is_a_miss(cache: PlanCache, timer: Any, name: str) -> None:
-    other = {"dtype": "bfloat16", "weight_dtype": "bfloat16", "mode": "compiled", "has_bias": False}.get(name, 32)
+    other = {
+        "dtype": "bfloat16", "weight_dtype": "bfloat16", "mode": "compiled", "has_bias": False,
+        "parts": (Part("none", SHAPE.out_features, True, "linear"),),
+    }.get(name, 32)  # fmt: skip
     measure({replace(SHAPE, **{name: other}): PLAIN}, here(), cache)
     assert timer.races == 2
 
@@ -238,14 +242,14 @@ def test_a_changed_weight_or_other_data_make_a_sensitivity_a_miss(timer: Any) ->
     arguments: Any = {"budget": Budget(divergence=0.1), "candidates": ["none", "int8_dynamic"], "cache": cache}
     autoplan(Model(), x, **arguments)
     races = timer.races
-    assert len(cache.keys("sensitivities")) == 2
+    assert len(cache.keys("sensitivities")) == 4, "two layers, by fisher, and audited by kl"
     other = Model()
     nudge("last.weight", 100)(other)
     autoplan(other, x, **arguments)
-    assert len(cache.keys("sensitivities")) == 4, "every score is for one model as a whole"
+    assert len(cache.keys("sensitivities")) == 8, "every score is for one model as a whole"
     x[3, 5] += 1e-3
     autoplan(Model(), x, **arguments)
-    assert len(cache.keys("sensitivities")) == 6
+    assert len(cache.keys("sensitivities")) == 12
     assert timer.races == races, "but what was timed depends on shapes alone"
     for key in cache.keys("sensitivities"):
         record: Any = cache.get("sensitivities", key)

@@ -482,3 +482,15 @@ def test_what_a_url_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_importing_the_cache_does_not_import_fsspec() -> None:
     """torch does, where it saves checkpoints; we do it when a URL is given."""
     assert not any(name == "fsspec" for name in vars(files)), json.dumps(sorted(vars(files)))
+
+
+def test_a_url_that_became_a_path_is_refused() -> None:
+    for work in (
+        lambda path: PlanCache(path),
+        lambda path: PlanCache.load(path),
+        lambda path: PlanCache().save(path),
+        codec.read,
+    ):
+        with pytest.raises(CacheError, match="pass it as a str"):
+            work(Path("memory://bucket/cache.json"))
+    assert not Path("memory:").exists()

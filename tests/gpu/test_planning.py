@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from autoplan import Budget, PlanCache, autoplan, benchmark, plan_of, timing
-from autoplan.benchmark import Contender
+from autoplan.arms import Contender
 from autoplan.candidates import find_candidate, registered
 from autoplan.candidates.base import Candidate
 from autoplan.kernels import find_kernel

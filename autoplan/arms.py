@@ -1,0 +1,211 @@
+"""What runs in a race: the layers as the planned model will run them, over copies of a weight that leave the caches."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoplan.candidates import Candidate, find_candidate
+from autoplan.kernels import packing
+from autoplan.kernels.ops import Kernel, Packed, find_kernel
+from autoplan.layers import PlannedLinear, own_piece
+from autoplan.records import EAGER, Part, Shape
+from autoplan.siblings import Siblings
+
+Call = Callable[[], object]
+Maker = Callable[[], Call]  # each call makes one more copy of a packed weight, and what runs on it
+Graph = Callable[..., object]  # what a compiled graph calls: a function of x [rows, in_features] and the packed tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A kernel of a candidate that has to be timed at a shape."""
+
+    candidate: Candidate
+    kernel: Kernel
+
+
+class Arms:
+    """Makes the arms of one race at `shape`, which have the float weight, the bias and the input in common.
+
+    Arms of one layout use the same copies if they are `shared`, as on a GPU: there an arm's turn through the copies is
+    long enough to leave the cache, memory has no favourite places, and there is less of it.
+    """
+
+    def __init__(self, shape: Shape, weight: Tensor, bias: Tensor | None, x: Tensor, shared: bool) -> None:
+        self.shape, self.weight, self.bias, self.x = shape, weight, bias, x
+        self._pools: dict[tuple[str, int, int, str], list[Packed]] | None = {} if shared else None
+        self._quantized: dict[tuple[str, int, int], packing.Canonical] = {}
+
+    def plain(self) -> Maker:
+        """`F.linear`: in an `nn.Linear` or, in compiled mode, as the graph calls it."""
+        x, weight = self.x, self.weight.to(self.x.dtype)  # under autocast, torch keeps the cast weight
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+
+        def make() -> Call:
+            copy = weight.clone()
+            if self.shape.mode != EAGER:  # a compiled graph calls the matrix product without a module around it
+                return functools.partial(F.linear, x, copy, bias)
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=x.dtype)
+            layer.weight = nn.Parameter(copy, requires_grad=False)
+            if bias is not None:
+                layer.bias = nn.Parameter(bias, requires_grad=False)
+            return functools.partial(layer, x)
+
+        return make
+
+    def planned(self, contender: Contender) -> Maker:
+        """The layer as it runs planned: a module or, in compiled mode, what the graph calls for it."""
+        part = _Part(contender, slice(0, self.shape.out_features), self.bias)
+        copies = self._copies(part)
+        if self.shape.mode == EAGER:
+            return lambda: functools.partial(self._layer(part, next(copies)), self.x)
+        graph: Graph = part.graph(self.x.dtype)
+        if contender.kernel.inline is not None:
+            graph = _lowered(graph, self.x, self._pack(part))
+        return lambda: functools.partial(graph, self.x, *next(copies))
+
+    def apart(self) -> Maker:
+        """The parts of the shape, one after another."""
+        parts = [
+            _Part(Contender(find_candidate(part.candidate), find_kernel(part.kernel)), rows, self._bias(part, rows))
+            for part, rows in self._parts()
+        ]
+        copies = [self._copies(part) for part in parts]
+        if self.shape.mode == EAGER:
+            return lambda: self._in_turn(
+                [self._layer(part, next(own)) for part, own in zip(parts, copies, strict=True)]
+            )
+        graphs = [part.graph(self.x.dtype) for part in parts]
+
+        def graph(x: Tensor, *packed: Tensor) -> tuple[object, ...]:
+            left = iter(packed)
+            held = [tuple(itertools.islice(left, part.contender.kernel.layout.arity)) for part in parts]
+            return tuple(graph(x, *own) for graph, own in zip(graphs, held, strict=True))
+
+        in_graph = _lowered(graph, self.x, [tensor for part in parts for tensor in self._pack(part)])
+        return lambda: functools.partial(in_graph, self.x, *(tensor for own in copies for tensor in next(own)))
+
+    def fused(self, contender: Contender) -> Maker:
+        """The parts of the shape as siblings: one product, of which each takes its piece."""
+        whole = _Part(contender, slice(0, self.shape.out_features), None)
+        parts = [_Part(contender, rows, self._bias(part, rows)) for part, rows in self._parts()]
+        copies = self._copies(whole)
+        if self.shape.mode == EAGER:
+
+            def make() -> Call:
+                layers = [self._layer(part, None) for part in parts]
+                siblings = Siblings("timed", f"1:{contender.kernel.name}", len(layers))
+                for place, layer in enumerate(layers):
+                    layer.become_sibling(siblings, place)
+                siblings.unite(self._layer(whole, next(copies)))
+                return self._in_turn(layers)
+
+            return make
+        product = whole.graph(self.x.dtype)
+
+        def graph(x: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:
+            y = product(x, *packed)
+            return tuple(own_piece(y[:, part.rows], part.bias) for part in parts)
+
+        in_graph = _lowered(graph, self.x, self._pack(whole))
+        return lambda: functools.partial(in_graph, self.x, *next(copies))
+
+    def _in_turn(self, layers: Sequence[nn.Module]) -> Call:
+        def run() -> None:
+            for layer in layers:
+                layer(self.x)
+
+        return run
+
+    def _parts(self) -> Iterator[tuple[Part, slice]]:
+        start = 0
+        for part in self.shape.parts:
+            yield part, slice(start, start + part.out_features)
+            start += part.out_features
+
+    def _bias(self, part: Part, rows: slice) -> Tensor | None:
+        return self.bias[rows].clone() if part.has_bias and self.bias is not None else None
+
+    def _canonical(self, part: _Part) -> packing.Canonical:
+        candidate = part.contender.candidate
+        key = (candidate.name, part.rows.start, part.rows.stop)
+        if key not in self._quantized:
+            self._quantized[key] = candidate.quantize(self.weight[part.rows])
+        return self._quantized[key]
+
+    def _pack(self, part: _Part) -> Packed:
+        return part.contender.kernel.layout.pack({key: t.clone() for key, t in self._canonical(part).items()})
+
+    def _copies(self, part: _Part) -> Iterator[Packed]:
+        """Copies of the packed weight, one for each call to come."""
+        self._canonical(part)  # fails now, if it fails
+        candidate, layout = part.contender.candidate, part.contender.kernel.layout
+        key = (candidate.name, part.rows.start, part.rows.stop, layout.name)
+        pool = [] if self._pools is None else self._pools.setdefault(key, [])
+
+        def copies() -> Iterator[Packed]:
+            for i in itertools.count():
+                if i == len(pool):
+                    pool.append(self._pack(part))
+                yield pool[i]
+
+        return copies()
+
+    def _layer(self, part: _Part, packed: Packed | None) -> PlannedLinear:
+        """A planned layer that holds these packed tensors; None for one that will be a sibling."""
+        hollow = {key: torch.empty_like(tensor, device="meta") for key, tensor in self._canonical(part).items()}
+        bias = None if part.bias is None else nn.Parameter(part.bias, requires_grad=False)
+        size = (part.rows.stop - part.rows.start, self.shape.in_features)
+        layer = PlannedLinear(
+            "timed", part.contender.candidate.name, part.program, hollow, bias, size=size, dtype=self.x.dtype
+        )
+        layer._packed = None if packed is None else list(packed)
+        return layer
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of the race's weight, on one kernel."""
+
+    contender: Contender
+    rows: slice
+    bias: Tensor | None
+
+    @property
+    def program(self) -> str:
+        return f"1:{self.contender.kernel.name}"
+
+    def graph(self, dtype: torch.dtype) -> Callable[..., Tensor]:
+        """What a graph is traced from, as a function of x and the packed tensors."""
+        inline, bias, program, size = (
+            self.contender.kernel.inline,
+            self.bias,
+            self.program,
+            self.rows.stop - self.rows.start,
+        )
+        if inline is not None:
+            return lambda x, *packed: inline(x, packed, bias, dtype)
+        return lambda x, *packed: torch.ops.autoplan.linear(x, packed, bias, program, size, dtype)
+
+
+def _lowered(graph: Graph, x: Tensor, packed: Packed) -> Graph:
+    """The graph as Inductor compiles it, where it has something to fuse.
+
+    That goes round Dynamo, so that nothing counts against anyone's recompile limit.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(graph, tracing_mode="real")(x, *packed)
+    if sum(node.op == "call_function" for node in traced.graph.nodes) <= 1:
+        return graph
+    from torch._inductor import compile as inductor_compile
+
+    compiled: Graph = inductor_compile(traced, [x, *packed])
+    return compiled
