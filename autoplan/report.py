@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import re
 import textwrap
 from collections import Counter
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from autoplan.errors import AutoplanError
-from autoplan.records import Call, Estimate, LayerPlan, Option, Outcome
+from autoplan.records import Call, Estimate, FrontierPoint, LayerPlan, Option, Outcome
 
 if TYPE_CHECKING:
     from autoplan.plan import Plan
@@ -503,6 +504,11 @@ def _short(layer: LayerPlan) -> str:
     return "-" if _is_plain(layer) else re.sub(r"_(g\d+|dual)$", r"\1", name)
 
 
+def _same_point(point: FrontierPoint, plan: Plan) -> bool:
+    pairs = ((point.divergence, plan.predicted_divergence), (point.us, plan.us))  # sums in another order
+    return point.nbytes == plan.nbytes and all(math.isclose(one, other, rel_tol=1e-9) for one, other in pairs)
+
+
 def _frontier(plan: Plan, tablefmt: str) -> str:
     """Some of the frontier's points, evenly spread, and this plan among them."""
     points = plan.frontier
@@ -510,7 +516,7 @@ def _frontier(plan: Plan, tablefmt: str) -> str:
         return ""
     shown = [points[round(i)] for i in _spread(len(points), _FRONTIER_SHOWN)]
     switched = sum(not _is_plain(layer) for layer in plan.layers)
-    rows = [(p.divergence, p.us, p.nbytes, p.switched, "") for p in shown]
+    rows = [(p.divergence, p.us, p.nbytes, p.switched, "") for p in shown if not _same_point(p, plan)]
     rows.append((plan.predicted_divergence, plan.us, plan.nbytes, switched, "this plan"))
     cells = [
         [_small(d), _us(us), f"{_ratio(plan.baseline_us, us):.2f}x", bytes_in_words(size), str(count), mark]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoplan import autoplan, plan_of
 from autoplan.apply import stand_ins
 from autoplan.divergence import references, undisturbed
 from autoplan.errors import AutoplanError
@@ -278,3 +279,25 @@ def test_the_float_models_own_time_comes_with_the_speed(timer: Any) -> None:
     assert found.speedup is not None
     assert found.speedup.value == pytest.approx(2.0)
     assert found.float_us == pytest.approx(200.0)
+
+
+@pytest.mark.parametrize(("first", "second", "kept"), [(0.6, 0.01, False), (0.6, 0.6, True), (0.01, 0.01, False)])
+def test_few_rounds_that_leave_the_speed_open_are_followed_by_more(
+    timer: Any, monkeypatch: pytest.MonkeyPatch, first: float, second: float, kept: bool
+) -> None:
+    widths, rounds, compare = iter([first, second]), [], timer.compare
+
+    def of_that_width(calls: Any, *, max_rounds: int, **settings: Any) -> Any:
+        rounds.append(max_rounds)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(timer, "width", next(widths))
+            return compare(calls, **settings)
+
+    monkeypatch.setattr("autoplan.timing.compare", of_that_width)
+    monkeypatch.setattr("autoplan.validate._SECONDS", 0.0)  # so that the fewest rounds come first
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    inputs = [torch.randn(8, 64) for _ in range(3)]
+    plan = plan_of(autoplan(model, inputs, candidates=["int8_dynamic"], budget=Budget(divergence=0.1), cache=False))
+    assert all(map(is_plain, plan.layers)) == kept
+    assert rounds == ([8, 40] if first > 0.1 else [8])

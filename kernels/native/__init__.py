@@ -66,7 +66,8 @@ def _pack_int4(canonical: Canonical) -> tuple[Tensor, ...]:
 
 def _columns(values: Tensor) -> Tensor:
     """[out, groups] -> [out / 16, groups, 16]: what one pass over the lines of 16 channels needs, side by side."""
-    return _padded(values, 1).unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+    padded = _padded(values, 1)
+    return padded.view(-1, 16, padded.shape[1]).transpose(1, 2).contiguous()
 
 
 def _unpack_int4(packed: ops.Packed) -> Canonical:
