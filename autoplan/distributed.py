@@ -7,7 +7,9 @@ of its next value, and so ends all: nobody waits for what will not come.
 from __future__ import annotations
 
 import datetime
+import logging
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -28,7 +30,10 @@ from autoplan.recorder import device_of_model
 PER_DEVICE = "per device"
 
 _TIMEOUT = datetime.timedelta(minutes=30)  # of a group made here: how long ranks wait for each other
+_PATIENCE = 30.0  # seconds until a rank that waits for the others says so
 _TALK = {"c10d", "_c10d_functional", "c10d_functional"}  # where torch keeps its collectives
+
+_logger = logging.getLogger("autoplan")
 
 _Value = TypeVar("_Value")
 _Item = TypeVar("_Item")
@@ -184,7 +189,8 @@ def together(distributed: object) -> Iterator[Ranks]:
             group = dist.new_group(
                 dist.get_process_group_ranks(asked), timeout=_TIMEOUT, backend="gloo", use_local_synchronization=True
             )
-        dist.all_gather_object([None] * dist.get_world_size(group), None, group=group)
+        with _patience(dist.get_world_size(group)):
+            dist.all_gather_object([None] * dist.get_world_size(group), None, group=group)
     except Exception as error:
         raise AutoplanError(
             f"not all {dist.get_world_size(asked)} ranks came to plan together: call autoplan on all of them, or with "
@@ -199,6 +205,19 @@ def together(distributed: object) -> Iterator[Ranks]:
     finally:
         if group is not asked:
             dist.destroy_process_group(group)
+
+
+@contextmanager
+def _patience(ranks: int) -> Iterator[None]:
+    """Whoever waits long for other ranks is told what for."""
+    said = "still waiting to plan together with all %d ranks: with distributed=False this rank plans on its own"
+    timer = threading.Timer(_PATIENCE, _logger.warning, [said, ranks])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def in_shares(

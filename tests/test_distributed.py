@@ -185,8 +185,16 @@ pair = dist.new_group([0, 1])
 found = told(distributed=pair)
 """,
     "one does not come": """
+import logging
+from autoplan import distributed as room
+class Ear(logging.Handler):
+    def emit(self, record):
+        heard.append(record.getMessage())
+heard, room._PATIENCE = [], 1.0
+logging.getLogger("autoplan").addHandler(Ear())
 short = dist.new_group(timeout=datetime.timedelta(seconds=3))
 found = told(distributed=short) if rank != 1 else {}
+found["heard"] = heard
 dist.barrier()
 """,
     "one is killed": """
@@ -349,6 +357,7 @@ def test_a_rank_that_does_not_come_ends_the_others_within_the_timeout(ranks: Fou
         if rank != 1:
             assert "call autoplan on all of them, or with distributed=False" in own["one does not come"]["error"]
             assert own["one does not come"]["seconds"] < 30  # the group waits 3 s, torch's own 30 minutes
+            assert any(line.startswith("still waiting") for line in own["one does not come"]["heard"])
 
 
 def test_a_rank_that_is_killed_ends_the_others(ranks: Found) -> None:
