@@ -84,6 +84,26 @@ def stand_ins_of(model: nn.Module, layers: Sequence[LayerPlan]) -> dict[str, Pla
     return made
 
 
+class StandIns:
+    """The modules of any plan for `model`, as `stand_ins_of` makes them.
+
+    Those of the last plan are kept: a plan is measured, judged and timed in turn, and quantizing it takes long.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._choices: list[tuple[str, str, str, bool]] = []
+        self._made: dict[str, PlannedLinear] = {}
+
+    def __call__(self, layers: Sequence[LayerPlan]) -> Mapping[str, PlannedLinear]:
+        choices = [(layer.name, layer.chosen, layer.choice.program, layer.runs_fused) for layer in layers]
+        if choices != self._choices:
+            self._choices, self._made = [], {}  # before the next ones are made: two plans at once may be too much
+            self._made = stand_ins_of(self._model, layers)
+            self._choices = choices
+        return self._made
+
+
 def stand_ins(model: nn.Module, names: tuple[str, ...], candidate: str, program: str) -> dict[str, PlannedLinear]:
     """Planned layers for the Linears of these names, which run one weight: it is quantized once and held once."""
     made: dict[int, PlannedLinear] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ from autoplan import benchmark, options
 from autoplan.arms import Contender
 from autoplan.benchmark import MARGIN, Key
 from autoplan.candidates import Candidate, find_candidate
-from autoplan.kernels.ops import parse_program
+from autoplan.kernels.ops import base_name, kernel_at
 from autoplan.options import Menu, Rules
 from autoplan.records import Fused, LayerPlan, Measurement, Part, Shape
 from autoplan.selection import siblings_of
@@ -44,9 +43,9 @@ def with_times(
             if whole is None or whole.us is None or whole.us_low is None or whole.us_high is None:
                 continue
             apart = sum(
-                found[shape, candidate.mode(_base(kernel)).name, kernel].baseline_us * times
+                found[shape, candidate.mode(base_name(kernel)).name, kernel].baseline_us * times
                 for shape, times in calls.items()
-                for kernel in [_kernel_at(whole.program, shape.rows)]
+                for kernel in [kernel_at(whole.program, shape.rows).name]
             )
             if whole.us_high > (1 - MARGIN) * apart:
                 continue
@@ -93,7 +92,7 @@ def _races(
     """The races for one candidate, by rows: the kernels that the layers chose, on the weights of all."""
     programs = [layer.option(candidate.name).program for layer in members]
     rows = [shape.rows for shape in benchmark.shapes_of(menu.profile, rules.mode)]
-    chosen = {_base(_kernel_at(program, count)) for program in programs for count in rows}
+    chosen = {base_name(kernel_at(program, count).name) for program in programs for count in rows}
     kernels = tuple(kernel for kernel in menu.kernels.get(candidate, ()) if kernel.name in chosen)
     races = options.to_time([replace(menu, kernels={candidate: kernels})], rules.mode, rules.batch_invariant)
     return {_with_parts(shape, members, candidate, programs): contenders for shape, contenders in races.items()}
@@ -102,16 +101,6 @@ def _races(
 def _with_parts(shape: Shape, members: Sequence[LayerPlan], candidate: Candidate, programs: Sequence[str]) -> Shape:
     parts = []
     for layer, program in zip(members, programs, strict=True):
-        kernel = _kernel_at(program, shape.rows)
-        parts.append(Part(candidate.mode(_base(kernel)).name, layer.out_features, layer.has_bias, kernel))
+        kernel = kernel_at(program, shape.rows).name
+        parts.append(Part(candidate.mode(base_name(kernel)).name, layer.out_features, layer.has_bias, kernel))
     return replace(shape, parts=tuple(parts))
-
-
-def _kernel_at(program: str, rows: int) -> str:
-    """The kernel that a program names for this many rows."""
-    thresholds, kernels, _ = parse_program(program)
-    return kernels[max(bisect.bisect_right(thresholds, rows) - 1, 0)].name
-
-
-def _base(kernel: str) -> str:
-    return kernel.partition("@")[0]

@@ -270,8 +270,9 @@ class PlannedLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Plain tensors only: oneDNN's packed weights can be neither copied nor saved, and float8 not pickled."""
         state = {key: value for key, value in vars(self).items() if key not in ("_packed", "_running", "_inline")}
-        bytewise = {k: t.view(torch.uint8) if t.itemsize == 1 else t for k, t in self.canonical().items()}
-        return state | {"_canonical": bytewise, "_dtypes": {k: t.dtype for k, t in self.canonical().items()}}
+        canonical = self.canonical()
+        bytewise = {k: t.view(torch.uint8) if t.itemsize == 1 else t for k, t in canonical.items()}
+        return state | {"_canonical": bytewise, "_dtypes": {k: t.dtype for k, t in canonical.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         dtypes = state.pop("_dtypes")

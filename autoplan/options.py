@@ -10,7 +10,7 @@ from autoplan import benchmark
 from autoplan.arms import Contender
 from autoplan.benchmark import BASELINE, MARGIN, Key
 from autoplan.candidates import Candidate
-from autoplan.kernels.ops import DEQUANTIZE, Kernel, LinearSpec, find_kernel, parse_program
+from autoplan.kernels.ops import DEQUANTIZE, Kernel, LinearSpec, base_name, find_kernel, parse_program
 from autoplan.records import Device, LayerPlan, LayerProfile, Measurement, Option, Sensitivity, Shape
 from autoplan.selection import PLAIN, kernel_names
 
@@ -229,7 +229,7 @@ def _only_mode(candidate: Candidate, option: Option) -> Candidate | None:
     if not candidate.modes or option.rejected:
         return None
     kernels = parse_program(option.program)[1]
-    modes = {candidate.mode(kernel.name.partition("@")[0]) for kernel in kernels} - {candidate}
+    modes = {candidate.mode(base_name(kernel.name)) for kernel in kernels} - {candidate}
     return modes.pop() if len(modes) == 1 else None
 
 
@@ -238,7 +238,7 @@ def _why_not_timed(measured: Iterable[Mapping[str, Measurement]]) -> str:
     notes: dict[str, str] = {}
     for m in sorted((m for own in measured for m in own.values()), key=lambda m: m.ratio):
         if m.note:
-            notes.setdefault(m.kernel.partition("@")[0], m.note)
+            notes.setdefault(base_name(m.kernel), m.note)
     return "; ".join(f"{kernel}: {note}" for kernel, note in sorted(notes.items())) or _NOT_TIMED
 
 

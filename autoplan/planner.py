@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from autoplan import benchmark, fusion, options, priorities, rescale, sensitivity, validate
-from autoplan.apply import apply_plan, stand_ins, stand_ins_of
+from autoplan.apply import StandIns, apply_plan, stand_ins
 from autoplan.arms import Contender
 from autoplan.benchmark import Key, Progress
 from autoplan.cache import fingerprint
@@ -283,7 +283,13 @@ class _Planning:
                 for layer in layers
             ]
         whole = Whole(
-            self.model, self._stand_ins, recording.inputs, recording.weights, request.output, self.mode, request.seed
+            self.model,
+            StandIns(self.model),
+            recording.inputs,
+            recording.weights,
+            request.output,
+            self.mode,
+            request.seed,
         )
         with self._stage("validation"), undisturbed(self.model):
             validation = references(self.model, split.validation, request.output)
@@ -411,12 +417,6 @@ class _Planning:
             made = stand_ins(self.model, (layer.name,), option.candidate, option.program)
             sizes[key] = made[layer.name].nbytes()
         return sizes[key]
-
-    # The whole model.
-
-    def _stand_ins(self, layers: Sequence[LayerPlan]) -> dict[str, nn.Module]:
-        """The modules that these layers' choices need; plain layers stay as they are."""
-        return dict(stand_ins_of(self.model, layers))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import numpy as np
 
 from autoplan.errors import BudgetError
 from autoplan.records import LayerPlan
-from autoplan.selection import Budget, Choice, choose, choosing, total_harm, total_us
+from autoplan.selection import Budget, Choice, choose, choosing, decisions, total_harm, total_us
 
 ROUNDS = 3
 _FIRST_KAPPA = 1.15  # the whole does a little more harm than its parts add up to (median 1.13 over many models)
@@ -267,7 +267,8 @@ def switch_again(plan: Sequence[LayerPlan], target: Sequence[LayerPlan], keeps: 
         return total_us([plan[i] for i in decision]) - total_us([target[i] for i in decision])
 
     current = list(plan)
-    differing = [d for d in _decisions(plan) if any(plan[i].chosen != target[i].chosen for i in d) and saved(d) > 0]
+    everything = decisions(plan).values()
+    differing = [d for d in everything if any(plan[i].chosen != target[i].chosen for i in d) and saved(d) > 0]
     blocks = _halves(sorted(differing, key=saved, reverse=True))
     for _ in range(_COMEBACKS):
         if not blocks:
@@ -287,26 +288,18 @@ def _halves(block: list[list[int]]) -> list[list[list[int]]]:
     return [half for half in (block[:middle], block[middle:]) if half]
 
 
-def _decisions(plan: Sequence[LayerPlan]) -> list[list[int]]:
-    """Indices of the layers that get one candidate together."""
-    groups: dict[str, list[int]] = {}
-    for i, layer in enumerate(plan):
-        groups.setdefault(layer.group or f" {i}", []).append(i)
-    return list(groups.values())
-
-
 def _switched(plan: Sequence[LayerPlan]) -> list[list[int]]:
     """The decisions against `none` that could have been for it: not those that a pin forces."""
     return [
         decision
-        for decision in _decisions(plan)
+        for decision in decisions(plan).values()
         if any(plan[i].chosen != "none" for i in decision)
         and not any(plan[i].option("none").rejected for i in decision)
     ]
 
 
-def _with_none(plan: Sequence[LayerPlan], decisions: Sequence[list[int]]) -> list[LayerPlan]:
-    back = {i for decision in decisions for i in decision}
+def _with_none(plan: Sequence[LayerPlan], put_back: Sequence[list[int]]) -> list[LayerPlan]:
+    back = {i for decision in put_back for i in decision}
     return choosing(plan, ["none" if i in back else layer.chosen for i, layer in enumerate(plan)])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from autoplan import benchmark, fusion, kernels, options, validate
-from autoplan.apply import check_match, environment_differences, stand_ins, stand_ins_of
+from autoplan.apply import StandIns, check_match, environment_differences, stand_ins
 from autoplan.arms import Contender
 from autoplan.benchmark import Key, Progress, candidate_digest
 from autoplan.cache import fingerprint
@@ -19,6 +19,7 @@ from autoplan.cache.store import PlanCache, resolve
 from autoplan.candidates import Candidate, find_candidate
 from autoplan.divergence import OutputPicker, references, undisturbed
 from autoplan.errors import CandidateError, PlanMismatchError
+from autoplan.kernels.ops import base_name
 from autoplan.options import Menu, Rules
 from autoplan.plan import Plan, revalidates
 from autoplan.recorder import as_calls, device_of_model, record, refuse_planned, unwrap
@@ -141,7 +142,7 @@ class _Revalidation:
         menu = options.screen(profile, candidates, device_of(profile))
         kept = {}
         for candidate, usable in menu.kernels.items():
-            before = {name.partition("@")[0] for name in kernel_names(wanted.get(candidate.name, PLAIN)).split("/")}
+            before = set(_families(wanted.get(candidate.name, PLAIN)))
             before |= {"linear"} if candidate.name == "none" else set()
             kept[candidate] = tuple(kernel for kernel in usable if kernel.name in before) or usable
         return replace(menu, kernels=kept)
@@ -201,7 +202,7 @@ class _Revalidation:
         with record(self.model, seed=self.seed) as recording, undisturbed(self.model):
             for args, kwargs in calls:
                 self.model(*args, **kwargs)
-        made = stand_ins_of(self.model, chosen)
+        modules = StandIns(self.model)
         with undisturbed(self.model):
             against = references(self.model, recording.inputs, output)
             old = self.plan.outcome
@@ -209,9 +210,7 @@ class _Revalidation:
                 None, "", None, NO_DIVERGENCE, against[0].logits, False, kappa, old.rounds if old else 0,
                 ("the divergence is that of the inputs given to revalidate",),
             )  # fmt: skip
-            whole = Whole(
-                self.model, lambda _: made, recording.inputs, recording.weights, output, self.plan.mode, self.seed
-            )
+            whole = Whole(self.model, modules, recording.inputs, recording.weights, output, self.plan.mode, self.seed)
             outcome = whole.judged(outcome, chosen, against)
             divergence = outcome.divergence
         limit = self.plan.budget.divergence
@@ -220,6 +219,7 @@ class _Revalidation:
                 f"here the divergence is {divergence.value:.3g}, surely above the budget of {limit:.3g}: the float "
                 "model is kept. Plan anew"
             ]
+        made = modules(chosen)
         if not made:
             return outcome, []
         with undisturbed(self.model, eager=False):
@@ -271,7 +271,7 @@ def _rival(layer: LayerPlan) -> list[Option]:
 
 
 def _families(program: str) -> list[str]:
-    return [name.partition("@")[0] for name in kernel_names(program).split("/")]
+    return [base_name(name) for name in kernel_names(program).split("/")]
 
 
 def _in_words(layer: LayerPlan, option: Option) -> str:

@@ -137,10 +137,8 @@ def _menus(layers: Sequence[LayerPlan], bytes_count: bool) -> list[list[_Way]]:
     may use, but for those that others beat. If a group ties one of them to other layers, the groups are the decisions,
     and siblings count as one product where they are in one group. Raises BudgetError where nothing is open.
     """
-    group_of = [layer.group or f" {i}" for i, layer in enumerate(layers)]
-    groups: dict[str, list[int]] = {}
-    for i, name in enumerate(group_of):
-        groups.setdefault(name, []).append(i)
+    groups = decisions(layers)
+    group_of = {i: name for name, group in groups.items() for i in group}
     sets = [places for places in siblings_of(layers) if any(o.fused for i in places for o in layers[i].options)]
     menus = []
     for places in sets:
@@ -151,6 +149,14 @@ def _menus(layers: Sequence[LayerPlan], bytes_count: bool) -> list[list[_Way]]:
         inside = [places for places in sets if set(places) <= set(group)]
         menus.append([_way(layers, dict.fromkeys(group, name), inside) for name in _open(layers, group)])
     return sorted(menus, key=lambda menu: min(menu[0].candidates))
+
+
+def decisions(layers: Sequence[LayerPlan]) -> dict[str, list[int]]:
+    """The indices of the layers that get one candidate together, by group; a layer without a group decides alone."""
+    groups: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers):
+        groups.setdefault(layer.group or f" {i}", []).append(i)
+    return groups
 
 
 def _combined(

@@ -85,7 +85,7 @@ class Kernel:
 
     def rejects(self, spec: LinearSpec) -> str | None:
         """None when this kernel can run a layer of `spec` on this machine, else the reason."""
-        return self.supports(spec) or _probe_once(find_kernel(self.name.partition("@")[0]))
+        return self.supports(spec) or _probe_once(find_kernel(base_name(self.name)))
 
 
 _KERNELS: dict[str, Kernel] = {}
@@ -97,6 +97,11 @@ def register_kernel(kernel: Kernel) -> Kernel:
         raise KernelError(f"a kernel named {kernel.name!r} is registered already; choose another name")
     _KERNELS[kernel.name] = kernel
     return kernel
+
+
+def base_name(name: str) -> str:
+    """The name of a kernel without its config: "kernel" of "kernel@config"."""
+    return name.partition("@")[0]
 
 
 def find_kernel(name: str) -> Kernel:
@@ -169,8 +174,18 @@ def unpack_program(program: str, packed: Packed) -> Canonical:
 def run_program(x: Tensor, packed: Packed, bias: Tensor | None, program: str, dtype: torch.dtype) -> Tensor:
     """Run the kernel that `program` names for this many rows; `x` [rows, in_features], contiguous, rows >= 1."""
     thresholds, kernels, slices = parse_program(program)
-    i = max(bisect.bisect_right(thresholds, x.shape[0]) - 1, 0)
+    i = _step_at(thresholds, x.shape[0])
     return kernels[i].run(x, packed[slices[i]], bias, dtype)
+
+
+def kernel_at(program: str, rows: int) -> Kernel:
+    """The kernel that `program` names for this many rows."""
+    thresholds, kernels, _ = parse_program(program)
+    return kernels[_step_at(thresholds, rows)]
+
+
+def _step_at(thresholds: tuple[int, ...], rows: int) -> int:
+    return max(bisect.bisect_right(thresholds, rows) - 1, 0)
 
 
 def call_linear(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autoplan import Budget, Plan, apply_plan, autoplan, make_plan, plan_of, record
-from autoplan.apply import put, stand_ins, swapped
+from autoplan.apply import StandIns, put, stand_ins, stand_ins_of, swapped
 from autoplan.errors import AutoplanError, CandidateError, PlanMismatchError
 from autoplan.layers import PlannedLinear
 
@@ -248,3 +248,36 @@ def test_swapped_puts_back_what_was_there_also_after_an_exception() -> None:
 def test_only_linears_are_stood_in_for() -> None:
     with pytest.raises(AutoplanError, match="layer '1' is a ReLU"):
         stand_ins(mlp(), ("1",), "int8_weight_only", "1:dequantize_int8")
+
+
+# The modules of plans that are tried one after the other.
+
+
+def test_what_the_last_plan_needs_is_made_once(plan: Plan) -> None:
+    modules = StandIns(mlp())
+    first = modules(plan.layers)
+    assert list(first) == ["0", "2", "4"]
+    reasons = [replace(layer, reason="told otherwise") for layer in plan.layers]
+    assert modules(reasons) is first
+    others = [replace(layer, chosen="none") if layer.name == "0" else layer for layer in plan.layers]
+    other = modules(others)
+    assert "0" not in other or other["0"].candidate == "none"
+    assert other["2"] is not first["2"]  # no more than one plan's modules are kept
+    assert modules(plan.layers) is not first
+
+
+def test_a_plan_that_is_measured_judged_and_timed_is_quantized_once(
+    timer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[list[str]] = []
+
+    def counted(model: nn.Module, layers: Any) -> Any:
+        plans.append([layer.chosen for layer in layers])
+        return stand_ins_of(model, layers)
+
+    monkeypatch.setattr("autoplan.apply.stand_ins_of", counted)
+    model = mlp()
+    with record(model) as recording:
+        model(rows())
+    make_plan(model, recording, budget=Budget(divergence=0.5), pin=PIN, cache=False)
+    assert plans == [list(PIN.values())]
