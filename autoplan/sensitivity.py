@@ -21,7 +21,7 @@ from autoplan.apply import stand_ins, swapped
 from autoplan.cache.fingerprint import digest
 from autoplan.cache.store import PlanCache, entry
 from autoplan.divergence import OutputPicker, Reference, call, compare, in_parts, unmasked, weight
-from autoplan.fisher import Changes, GradientError, Loss, gradients
+from autoplan.fisher import Changes, GradientError, Loss, gradients, units
 from autoplan.options import SHOWN_DB, SQNR_FLOOR_DB
 from autoplan.recorder import Recording
 from autoplan.records import LayerPlan, LayerProfile, Sensitivity
@@ -31,7 +31,7 @@ Scores = dict[Pair, Sensitivity]
 
 _ROWS_PER_BACKWARD = 2048  # of the layer that has most: what one backward pass holds of activations
 _HELD_BYTES = 1 << 30  # of layers' inputs and gradients at a time, until their candidates have been tried
-_FIRST_UNITS = 128  # tokens, or samples of a pooled output, times the passes that scoring starts with
+_FIRST_UNITS = 512  # blocks of tokens, or samples of a pooled output, times the passes that scoring starts with
 _PASSES = 16  # at most
 _RELATIVE_ERROR = 0.1  # of the sum of scores, from which on no further pass is made
 _AUDITED = 0.05  # of the pairs
@@ -271,9 +271,9 @@ def fisher(subject: Subject, trials: Sequence[Trial], go_on: Callable[[int], boo
         for reference, rows in zip(subject.against, subject.rows, strict=True)
         for piece in in_parts(subject.model, reference, math.ceil(max(rows.values(), default=1) / _ROWS_PER_BACKWARD))
     ]
-    units = sum(map(unmasked, subject.against))
-    total = units if subject.loss or subject.against[0].logits else weight(subject.against)
-    first = 1 if subject.loss else min(max(math.ceil(_FIRST_UNITS / max(units, 1)), 1), _PASSES)
+    per_position = subject.loss or subject.against[0].logits
+    total = sum(map(unmasked, subject.against)) if per_position else weight(subject.against)
+    first = 1 if subject.loss else min(math.ceil(_FIRST_UNITS / max(sum(map(units, subject.against)), 1)), _PASSES)
     done = 0
     for group in _groups(subject, trials, first):
         names = {name: layer for layer, own in group.items() for name in (layer, *own[0].profile.aliases)}

@@ -19,9 +19,10 @@ from autoplan import record, sensitivity
 from autoplan.apply import swapped
 from autoplan.cache.store import PlanCache
 from autoplan.candidates import find_candidate
-from autoplan.divergence import compare, references, undisturbed
+from autoplan.divergence import Reference, compare, references, undisturbed
 from autoplan.errors import AutoplanError
-from autoplan.fisher import Changes, GradientError, by_unit, gradients
+from autoplan.fisher import Changes, GradientError, by_unit, gradients, units
+from autoplan.recorder import ModelInput
 from autoplan.records import LayerPlan, LayerProfile, Option
 from autoplan.request import device_of
 from autoplan.sensitivity import Subject, Trial, measure
@@ -187,8 +188,8 @@ def test_the_harm_of_other_outputs_is_their_relative_squared_error() -> None:
 @pytest.mark.parametrize(
     ("rows", "output", "kind", "sums"),
     [
-        ((2, 3), (2, 3), "position", [1, 2, 3, 4, 5, 6]),
-        ((6,), (2, 3), "position", [1, 2, 3, 4, 5, 6]),  # flattened
+        ((2, 3), (2, 3), "block", [6, 15]),
+        ((6,), (2, 3), "block", [6, 15]),  # flattened
         ((2, 3), (2,), "sample", [6, 15]),
         ((6,), (2,), "sample", [6, 15]),
         ((3, 2), (2,), "sample", [9, 12]),  # tokens first
@@ -207,6 +208,14 @@ def test_what_is_summed_before_it_is_squared_is_the_unit_of_the_output(
     found, units = by_unit(torch.cat((dots, 2 * dots)), output)
     assert found == kind
     assert units.tolist() == [sums, [2 * value for value in sums]]
+
+
+def test_tokens_are_summed_by_blocks_of_their_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients_room, "_BLOCK", 2)
+    kind, found = by_unit(torch.arange(1.0, 7.0).reshape(1, 2, 3), (2, 3))
+    assert (kind, found.tolist()) == ("block", [[1 + 2, 3, 4 + 5, 6]])
+    for shape, blocks in {(2, 3, 7): 4, (5, 7): 5, (7,): 1, (2, 2, 3, 7): 6}.items():
+        assert units(Reference(ModelInput("", (), {}), torch.zeros(shape), None, True)) == blocks
 
 
 # Scores, against running the model.
@@ -323,7 +332,7 @@ def test_more_passes_are_made_while_the_scores_are_not_sure(monkeypatch: pytest.
     monkeypatch.setattr(sensitivity, "gradients", spy)
     with subject(Transformer("token logits"), draw(48, 26, 32)) as judged:
         harms("fisher", judged, ["int8_weight_only"])
-    assert made == [range(1)]  # 1248 tokens
+    assert made == [range(11)]  # 48 samples of 26 tokens, a block each: 512 are wanted
     made.clear()
     with subject(Classifier(), draw(1, 7)) as judged:
         harms("fisher", judged, ["int8_weight_only"])
