@@ -4,17 +4,21 @@ The solver adds up the harms of single layers. As long as harms add up, one fact
 measured is all there is to learn, and a round or two of measuring teaches it. Where they do not (errors that amplify
 or cancel each other, very few bits), a factor per candidate is fitted to a handful of measured plans; and where that
 is not enough either, plans are found by measuring alone: the worst contributors go, and what can come back does.
+
+With a time budget the most accurate plan is wanted, and predicted harms are only near: a dozen plans that may well be
+the best are measured, each teaching which to try next (see `posterior`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from autoplan.errors import BudgetError
+from autoplan.posterior import Harms, Posterior, measured_best
 from autoplan.records import LayerPlan
 from autoplan.selection import Budget, Choice, choose, choosing, decisions, total_harm, total_us
 
@@ -24,6 +28,7 @@ _ADDITIVE = 1.5  # measured / predicted beyond this, either way: harms do not ad
 _PLANS_AROUND = 6  # that factors per candidate are fitted to, beside those measured already
 _PRIOR = 0.2  # weight of "all factors are alike" in that fit, against 1 for a measured plan
 _MOST_UNLIKE = 10.0  # how far one candidate's factor may be from the whole's: few plans tell little of a rare one
+_PLANS_IN_TIME = 12  # measured inside a time budget
 _COMEBACKS = 10  # measurements spent on switching again what was put back
 
 
@@ -98,6 +103,8 @@ class _Search:
             self._learn(plan, self._measure(plan), choice)
             if self.budget.divergence is None or (self.seconds_left() <= 0 and self._best()):
                 break
+        if self.budget.time is not None:
+            self._refine()
         best = self._best()
         over = [plan for plan in map(self._plan, self.measured) if not self.keeps(plan)]
         if over and (best is None or not self.adds_up):
@@ -123,7 +130,7 @@ class _Search:
             return
         ratio = measured.value / harm
         budget_binds = measured.bound > self.limit or choice.price_us > 0
-        if self.adds_up and budget_binds and not 1 / _ADDITIVE <= ratio <= _ADDITIVE:
+        if self.adds_up and self.budget.time is None and budget_binds and not 1 / _ADDITIVE <= ratio <= _ADDITIVE:
             self.adds_up = False
             self.notes.append(f"harms do not add up: together they did {ratio:.3g} times the sum of each alone")
             self._fit_factors(min(max(ratio, 1e-3), 1e3))
@@ -166,6 +173,35 @@ class _Search:
         listed = ", ".join(f"{name} {factor:.3g}" for name, factor in fitted.items())
         self.notes.append(f"so harms were multiplied by what fits {len(ones)} measured plans, by candidate: {listed}")
 
+    # Inside a time budget.
+
+    def _refine(self) -> None:
+        """Measure the plans that may be the most accurate ones, and correct the harms by what they did."""
+        (first, measured), *_ = self.measured.items()
+        harm = total_harm(self._plan(first))
+        if not 0 < measured.value < math.inf or not harm:
+            return
+        names = [layer.name for layer in self.layers]
+        posterior = Posterior(_harms(self.layers, measured.value / harm), int(self.random.integers(1 << 31)))
+        budget = replace(self.budget, divergence=None)  # the measured one is what has to keep it
+
+        def solved(harms: Harms) -> dict[str, str]:
+            choice = choose(_with_harms(self.layers, harms), budget, 1.0)
+            return dict(zip(names, choice.candidates, strict=True))
+
+        def measure(plan: Mapping[str, str]) -> float:
+            return self._measure(self._plan([plan[name] for name in names])).value
+
+        before = len(self.measured)
+        best = measured_best(posterior, solved, measure, _PLANS_IN_TIME, lambda: self.seconds_left() > 0)
+        if tried := len(self.measured) - before:
+            self.layers = _with_harms(self.layers, posterior.mean())
+            self.kappa = _finite_ratio(measured.bound, total_harm(self._plan(first)))
+            self.notes.append(
+                f"{tried} more plans inside the time budget were measured: the best did {measure(best):.3g}, "
+                f"the one of the least predicted harm {measured.value:.3g}"
+            )
+
     # What is known of plans.
 
     def _plan(self, names: Sequence[str]) -> list[LayerPlan]:
@@ -192,11 +228,12 @@ class _Search:
         return self._measure(plan).bound <= self.limit
 
     def _worth(self, plan: Sequence[LayerPlan]) -> float:
-        """What the budget makes least: time, or harm where time is limited."""
+        """What the budget makes least, as predicted: time, or harm where time is limited."""
         return total_us(plan) if self.budget.time is None else self.kappa * total_harm(plan)
 
     def _best(self) -> list[LayerPlan] | None:
-        return min(filter(self.keeps, map(self._plan, self.measured)), key=self._worth, default=None)
+        worth = self._worth if self.budget.time is None else lambda plan: self._measure(plan).value
+        return min(filter(self.keeps, map(self._plan, self.measured)), key=worth, default=None)
 
     # Where adding up does not help.
 
@@ -303,18 +340,30 @@ def _with_none(plan: Sequence[LayerPlan], put_back: Sequence[list[int]]) -> list
     return choosing(plan, ["none" if i in back else layer.chosen for i, layer in enumerate(plan)])
 
 
-def _times(layers: Sequence[LayerPlan], factor: Callable[[str], float]) -> list[LayerPlan]:
-    """The layers with every open option's harm multiplied by the factor of its candidate."""
+def _harms(layers: Sequence[LayerPlan], factor: float = 1.0) -> dict[tuple[str, str], float]:
+    """The harm of every open option, by layer and candidate, times `factor`."""
+    return {
+        (layer.name, o.candidate): o.harm * factor
+        for layer in layers
+        for o in layer.options
+        if not o.rejected and o.harm is not None
+    }
+
+
+def _with_harms(layers: Sequence[LayerPlan], harms: Harms) -> list[LayerPlan]:
+    """The layers with these harms."""
     return [
         replace(
             layer,
-            options=tuple(
-                o if o.rejected or o.harm is None else replace(o, harm=o.harm * factor(o.candidate))
-                for o in layer.options
-            ),
+            options=tuple(replace(o, harm=harms.get((layer.name, o.candidate), o.harm)) for o in layer.options),
         )
         for layer in layers
     ]
+
+
+def _times(layers: Sequence[LayerPlan], factor: Callable[[str], float]) -> list[LayerPlan]:
+    """The layers with every open option's harm multiplied by the factor of its candidate."""
+    return _with_harms(layers, {pair: harm * factor(pair[1]) for pair, harm in _harms(layers).items()})
 
 
 def _finite_ratio(bound: float, harm: float) -> float:

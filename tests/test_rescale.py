@@ -213,6 +213,44 @@ def test_other_limits_hold_while_plans_are_searched_by_measuring(limit: dict[str
     assert amplified(true)(found.layers) * 1.1 <= 0.05
 
 
+# Inside a time budget.
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_in_a_time_budget_plans_are_measured_to_find_the_most_accurate(seed: int) -> None:
+    told = layers(8, seed)
+    random = np.random.default_rng(seed)
+    off = [{name: float(random.lognormal(0, 0.5)) for name in TIMES} for _ in told]
+
+    def true(plan: Sequence[LayerPlan]) -> float:
+        return 3 * sum(harm * off[i][plan[i].chosen] for i, harm in enumerate(harms(plan, told)))
+
+    model = Model(true)
+    found = within_budget(told, Budget(time=0.5), model)
+    most = 0.5 * sum(layer.baseline_us for layer in told) * (1 + 1e-9)
+    plans = [choosing(told, names) for names in dict.fromkeys(model.plans)]
+    assert len(plans) <= 12  # fewer where draw after draw leads to the same ones
+    assert all(total_us(plan) <= most for plan in plans)
+    assert true(found.layers) == min(map(true, plans))
+    assert found.kappa * total_harm(found.layers) == pytest.approx(1.1 * true(found.layers))
+    assert true(found.layers) <= 1.1 * min(
+        true(plan)
+        for plan in (choosing(told, names) for names in itertools.product(TIMES, repeat=8))
+        if total_us(plan) <= most
+    )
+    if true(found.layers) < true(plans[0]):
+        assert "inside the time budget were measured" in found.notes[-1]
+
+
+def test_the_most_accurate_plan_in_time_keeps_the_divergence_budget_too() -> None:
+    told = layers(6, seed=2)
+    model = Model(lambda plan: 2 * sum(harms(plan, told)))
+    with pytest.raises(BudgetError, match="the least predicted divergence"):
+        within_budget(told, Budget(time=0.25, divergence=1e-6), model)
+    found = within_budget(told, Budget(time=0.5, divergence=1.0), model)
+    assert model.bound(found.layers) <= 1.0
+
+
 # Time.
 
 
