@@ -16,12 +16,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import datetime
 import gc
 import importlib
 import math
-import re
 import sys
 import time
 from collections import Counter
@@ -32,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from result_files import folder_of, measured_on, write_csv
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -41,7 +39,6 @@ from autoplan.cache import fingerprint
 from autoplan.layers import PlannedLinear
 from autoplan.records import COMPILED, EAGER
 
-RESULTS = Path(__file__).parent / "results"
 CANDIDATES = ("none", "int8_weight_only", "int8_dynamic", "fp8_weight_only", "fp8_dynamic", "int4_g128")
 FIELDS = ("scenario", "variant", "ms", "tokens_per_s", "speedup", "low", "high", "weights_gib", "layers", "note")
 _SECONDS = 20.0  # for one pair
@@ -223,16 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(tabulate([row], tablefmt="plain"), file=sys.stderr, flush=True)
                     rows.append(row)
     print(tabulate(rows, headers="keys", floatfmt=".3f"))
-    name = re.sub(r"[^a-z0-9]+", "-", str(environment["device"]).lower()).strip("-")
-    out = (arguments.out or RESULTS / name) / "decode.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    versions = {key: environment.get(key) for key in ("device", "driver", "cuda", "torch", "triton", "kernels")}
-    versions |= {"mode": arguments.mode, "blocks": config.layers, "budget": arguments.budget}
-    versions |= {"date": datetime.date.today().isoformat()}
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*FIELDS, *versions])
-        writer.writeheader()
-        writer.writerows(row | versions for row in rows)
+    out = (arguments.out or folder_of(environment)) / "decode.csv"
+    about = measured_on(environment, mode=arguments.mode, blocks=config.layers, budget=arguments.budget)
+    write_csv(out, rows, about)
     print(f"{len(rows)} rows in {time.monotonic() - began:.0f} s; written to {out}")
     return 0
 

@@ -18,24 +18,23 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import csv
-import datetime
 import functools
 import importlib
 import itertools
 import math
 import multiprocessing
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from decode import PEERS as TORCHAO
+from result_files import folder_of, measured_on, write_csv
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -53,7 +52,6 @@ ROWS = (1, 16, 2048, 4, 64, 32, 128, 512)  # the telling ones first, should time
 CANDIDATES = ("none", "int8_weight_only", "int8_dynamic", "fp8_weight_only", "fp8_dynamic", "int4_g128")
 PEER_ROWS = (1, 16, 2048)
 PEER_SHAPES = ("4096x4096", "14336x4096", "6144x4096")
-RESULTS = Path(__file__).parent / "results"
 FIELDS = ("shape", "rows", "name", "kernel", "config", "us", "baseline_us", "ratio", "low", "high", "floor_us",
           "of_floor", "note")  # fmt: skip
 _SECONDS_A_RACE = 6.0
@@ -133,9 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     order = {f"{n}x{k}": i for i, (n, k) in enumerate(bench.shapes)}
     rows.sort(key=lambda row: (order.get(row["shape"], len(order)), row["rows"], row["us"]))
     print(tabulate([{**row, "note": row["note"][:60]} for row in rows], headers="keys", floatfmt=".3g"))
-    name = re.sub(r"[^a-z0-9]+", "-", str(bench.environment["device"]).lower()).strip("-")
-    out = arguments.out or RESULTS / name
-    write(out / "gpu.csv", rows, bench)
+    out = arguments.out or folder_of(bench.environment)
+    figures = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    write_csv(out / "gpu.csv", figures, measured_on(bench.environment, mode=bench.mode))
     write_seeds([out / "seeds.json", *([arguments.write_seeds] if arguments.write_seeds else [])], seeds)
     print(f"{len(rows)} rows in {time.monotonic() - began:.0f} s; written to {out}")
     return 1 if wrong else 0
@@ -306,20 +304,12 @@ def floor_us(candidate: Candidate, size: tuple[int, int], rows: int, bench: Benc
 Peer = Callable[[nn.Linear], Callable[[Tensor], Tensor]]  # makes what runs in the Linear's place, and may consume it
 
 
-def _torchao(config: str, **arguments: Any) -> Peer:
+def _torchao(quantize: Callable[[nn.Module], nn.Module]) -> Peer:
     def make(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-        quantization = importlib.import_module("torchao.quantization")
-        model = nn.Sequential(linear)
-        quantization.quantize_(model, getattr(quantization, config)(**arguments))
-        compiled: Callable[[Tensor], Tensor] = torch.compile(model)
+        compiled: Callable[[Tensor], Tensor] = torch.compile(quantize(nn.Sequential(linear)))
         return compiled
 
     return make
-
-
-def _torchao_rowwise_fp8(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    granularity = importlib.import_module("torchao.quantization").PerRow()
-    return _torchao("Float8DynamicActivationFloat8WeightConfig", granularity=granularity)(linear)
 
 
 def _gemlite(helper: str) -> Peer:
@@ -356,10 +346,7 @@ def _hqq(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 PEERS: dict[str, Peer] = {
-    "torchao int8 weight only": _torchao("Int8WeightOnlyConfig"),
-    "torchao int8 dynamic": _torchao("Int8DynamicActivationInt8WeightConfig"),
-    "torchao fp8 row-wise": _torchao_rowwise_fp8,
-    "torchao int4 weight only": _torchao("Int4WeightOnlyConfig", group_size=128),
+    **{name: _torchao(quantize) for name, quantize in TORCHAO.items()},
     "gemlite int8 weight only": _gemlite("A16W8"),
     "gemlite int8 dynamic": _gemlite("A8W8_int8_dynamic"),
     "gemlite fp8 dynamic": _gemlite("A8W8_fp8_dynamic"),
@@ -429,20 +416,7 @@ def _race_peer(bench: Bench, size: tuple[int, int], rows: int, name: str, make: 
     )  # fmt: skip
 
 
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
-def write(path: Path, rows: Iterable[Row], bench: Bench) -> None:
-    """The rows as CSV, each with what they were measured on."""
-    versions = {key: bench.environment.get(key) for key in ("device", "driver", "cuda", "torch", "triton", "kernels")}
-    versions |= {"mode": bench.mode, "date": datetime.date.today().isoformat()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*FIELDS, *versions])
-        writer.writeheader()
-        for row in rows:
-            figures = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
-            writer.writerow(figures | versions)
+# -- seeds -----------------------------------------------------------------------------------------------------------
 
 
 def write_seeds(

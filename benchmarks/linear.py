@@ -11,15 +11,13 @@ is the one to quote, for it did not take part in the choice. Prints a table and 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from result_files import folder_of, measured_on, write_csv
 from tabulate import tabulate
 
 from autoplan import benchmark, kernels, options
@@ -31,8 +29,6 @@ from autoplan.selection import PLAIN, kernel_names
 SHAPES = ("64x64", "384x384", "1536x384", "384x1536", "4096x4096", "11008x4096")
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
 CANDIDATES = ("none", "bf16", "int8_weight_only", "int8_dynamic", "int4_g128", "fp8_weight_only", "fp8_dynamic")
-RESULTS = Path(__file__).parent / "results"
-FIELDS = ["dtype", "shape", "rows", "baseline_us", "lossless", "best", "kernel", "ratio", "low", "high", "others"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,16 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(measure(profile, environment, arguments))
                 print(tabulate([rows[-1]], tablefmt="plain"), file=sys.stderr)
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
-    device = re.sub(r"[^a-z0-9]+", "-", str(environment["device"]).lower()).strip("-")
-    out = arguments.out or RESULTS / device / "linear.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        versions = {key: environment[key] for key in ("device", "torch", "kernels")}
-        versions |= {"threads": torch.get_num_threads(), "mode": arguments.mode}
-        versions |= {"date": datetime.date.today().isoformat()}
-        writer = csv.DictWriter(file, [*FIELDS, *versions])
-        writer.writeheader()
-        writer.writerows(row | versions for row in rows)
+    out = arguments.out or folder_of(environment) / "linear.csv"
+    write_csv(out, rows, measured_on(environment, mode=arguments.mode))
     print(f"{len(rows)} cases in {time.monotonic() - began:.0f} s; written to {out}")
     return 0
 

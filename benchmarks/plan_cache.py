@@ -7,8 +7,6 @@ each turn on new files; medians. Prints a table; `--out` writes a CSV.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import statistics
 import sys
 import tempfile
@@ -16,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from result_files import measured_on, write_csv
 from tabulate import tabulate
 
 from autoplan import PlanCache, kernels
@@ -50,12 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(tabulate([{key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
                     for row in rows], headers="keys"))  # fmt: skip
     if arguments.out:
-        with arguments.out.open("w", newline="") as file:
-            versions = {"device": environment["device"], "python": environment["python"]}
-            versions |= {"turns": arguments.turns, "date": datetime.date.today().isoformat()}
-            writer = csv.DictWriter(file, [*rows[0], *versions])
-            writer.writeheader()
-            writer.writerows(row | versions for row in rows)
+        write_csv(arguments.out, rows, measured_on(environment, turns=arguments.turns))
     return 0
 
 

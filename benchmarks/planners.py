@@ -18,10 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import datetime
 import functools
-import importlib.metadata
 import math
 import os
 import re
@@ -38,6 +35,7 @@ import torch.nn.functional as F
 import transformers
 from numpy.typing import NDArray
 from planner_peers import BYTES, FORMATS, FakeQuantized, Plan, Plans, Score, autoround_plans, bits_of, modelopt_plans
+from result_files import folder_of, measured_on, versions, write_csv
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -46,14 +44,15 @@ from autoplan.apply import swapped
 from autoplan.cache import fingerprint
 from autoplan.candidates import register_candidate
 from autoplan.divergence import compare, references, undisturbed
+from autoplan.posterior import Posterior, measured_best
 from autoplan.records import Sensitivity
 from autoplan.sensitivity import STRATEGIES, Subject, Trial
 from autoplan.solve import solve
 
-RESULTS = Path(__file__).parent / "results"
 TOKENS = 128  # per sequence
 BUDGETS = (3.25, 3.5, 4.0, 4.5, 5.0, 6.0, 7.0, 8.0, 10.0)  # effective bits per weight
 GROUP = re.compile(r"(.*)\.(?:[qkv]_proj|gate_proj|up_proj)$")  # ModelOpt's grouping rules, as far as they apply
+MEASURED_PLANS = 12  # per budget, as many as the planner itself measures
 TIE = 1e-3  # plans whose KL differs by less than this part are equal
 
 
@@ -149,7 +148,7 @@ class Arena:
             grouped.setdefault(match[1] if (match := GROUP.match(name)) else name, []).append(name)
         self.groups = list(grouped.values())
         self.trials = {(p.name, format): Trial(p, format, f"1:{format}.linear") for p in profiles for format in FORMATS}
-        self.planned = {pair: dict(trial.made(model)) for pair, trial in self.trials.items()}
+        self.quantized = {pair: dict(trial.made(model)) for pair, trial in self.trials.items()}
         with undisturbed(model):
             self.seen = references(model, self.recording.inputs, None)
             self.unseen = references(model, unseen.inputs, None)
@@ -160,7 +159,7 @@ class Arena:
 
     @functools.cache  # noqa: B019 - an arena lives as long as the benchmark; planners often agree
     def _kl(self, plan: Set[tuple[str, str]], seen: bool) -> NDArray[np.float64]:
-        changed = {name: self.planned[name, c][name] for name, c in plan if c != "none"}
+        changed = {name: self.quantized[name, c][name] for name, c in plan if c != "none"}
         with undisturbed(self.model), swapped(self.model, changed):
             values = compare(self.model, self.seen if seen else self.unseen, None).values
         return np.asarray(values[:, 0] / values[:, 1])
@@ -180,6 +179,21 @@ class Arena:
 
     def harm(self, strategy: str) -> Score:
         return {(s.layer, s.candidate): s.harm for s in self.scored(strategy)[0]}
+
+    @functools.cached_property
+    def posterior(self) -> Posterior:
+        """What all plans that were measured on the calibration tokens teach, on top of autoplan's scores."""
+        return Posterior(self.harm("fisher"), self.seed)
+
+    @functools.cache  # noqa: B019
+    def planned(self, budget: float) -> Plan:
+        """autoplan's plan: of a dozen measured on the calibration tokens, the best."""
+        return measured_best(
+            self.posterior,
+            lambda harms: self.allocate(harms, budget),
+            lambda plan: float(self.kl(plan, seen=True).mean()),
+            MEASURED_PLANS,
+        )
 
     @functools.cache  # noqa: B019
     def modelopt(self, method: str, budgets: Sequence[float]) -> tuple[Plans, Score]:
@@ -208,7 +222,7 @@ def allocated(arena: Arena, budgets: Sequence[float], score: Score) -> Plans:
 def weight_error(arena: Arena) -> Score:
     """Relative squared error of the weights."""
     weights = {name: arena.model.get_submodule(name).weight for name in arena.numel}
-    errors = {pair: layers[pair[0]].weight - weights[pair[0]] for pair, layers in arena.planned.items()}
+    errors = {pair: layers[pair[0]].weight - weights[pair[0]] for pair, layers in arena.quantized.items()}
     return {(n, c): float(e.square().sum() / weights[n].square().sum()) for (n, c), e in errors.items()}
 
 
@@ -235,10 +249,11 @@ def uniform(arena: Arena, budgets: Sequence[float]) -> Plans:
     return {budget: dict.fromkeys(arena.numel, c) for budget, c in best.items()}
 
 
-OURS = "autoplan fisher"
+OURS = "autoplan"
 PLANNERS: dict[str, Callable[[Arena, Sequence[float]], Plans]] = {
-    OURS: lambda arena, budgets: allocated(arena, budgets, arena.harm("fisher")),
-    "autoplan kl": lambda arena, budgets: allocated(arena, budgets, arena.harm("kl")),
+    OURS: lambda arena, budgets: {budget: arena.planned(budget) for budget in budgets},
+    "our scores, solver only": lambda arena, budgets: allocated(arena, budgets, arena.harm("fisher")),
+    "kl sweep, our solver": lambda arena, budgets: allocated(arena, budgets, arena.harm("kl")),
     "modelopt gradient": lambda arena, budgets: arena.modelopt("gradient", budgets)[0],
     "modelopt gradient, our solver": lambda a, budgets: allocated(a, budgets, a.modelopt("gradient", budgets)[1]),
     "modelopt kl_div": lambda arena, budgets: arena.modelopt("kl_div", budgets)[0],
@@ -254,20 +269,19 @@ PLANNERS: dict[str, Callable[[Arena, Sequence[float]], Plans]] = {
 
 def compared(arena: Arena, budgets: Sequence[float]) -> list[dict[str, Any]]:
     """A row per planner and budget: the plan's bits and KL, and the KL of ours with as many bits over it."""
-    score = arena.harm("fisher")
     rows: list[dict[str, Any]] = []
     for name, planner in PLANNERS.items():
         try:
             plans = planner(arena, budgets)
         except Exception as error:
-            if name in (OURS, "autoplan kl"):
+            if not name.startswith(("modelopt", "autoround")):
                 raise
             rows.append({"planner": name, "note": f"not run: {type(error).__name__}: {error}"})
             continue
         for budget, plan in plans.items():
             kl, bits = arena.kl(plan), arena.bits(plan)
             over = bits > budget + 1e-6
-            ours = arena.kl(arena.allocate(score, bits if over else budget))
+            ours = arena.kl(arena.planned(bits if over else budget))
             ratio, low, high = paired_ratio(ours, kl, arena.seed)
             row = {"planner": name, "budget": budget, "bits": bits, "kl": kl.mean(), "ours/it": ratio}
             rows.append(row | {"low": low, "high": high, "note": "over the budget" if over else ""})
@@ -331,13 +345,6 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a toy of a model, few budgets")
@@ -348,9 +355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     size, budgets = (QUICK, BUDGETS[1::3]) if arguments.quick else (FULL, BUDGETS)
     began = time.monotonic()
     environment = fingerprint.environment("cpu", fingerprint.source_digest(kernels))
-    about = {"device": environment["device"], "threads": torch.get_num_threads(), "seed": arguments.seed}
-    about |= {name: version(name) for name in ("torch", "transformers", "nvidia-modelopt", "auto-round")}
-    about |= {"date": datetime.date.today().isoformat()}
+    peers = versions("transformers", "nvidia-modelopt", "auto-round")
+    about = measured_on(environment, seed=arguments.seed, **peers)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     for name, format in FORMATS.items():
         register_candidate(FakeQuantized(name, format))
@@ -372,14 +378,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             table += [{"model": name} | row for row in rows]
             print(f"\n{tabulate(table[-len(rows) :], headers='keys', floatfmt='.4g')}", flush=True)
     print(f"\n{tabulate(summary(plans), headers='keys', floatfmt='.4g')}")
-    device = re.sub(r"[^a-z0-9]+", "-", str(environment["device"]).lower()).strip("-")
-    out = arguments.out or RESULTS / device
-    out.mkdir(parents=True, exist_ok=True)
-    for file_name, rows in (("planners.csv", plans), ("planners_prediction.csv", quality)):
-        with (out / file_name).open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*dict.fromkeys(key for row in rows for key in row), *about])
-            writer.writeheader()
-            writer.writerows(row | about for row in rows)
+    out = arguments.out or folder_of(environment)
+    write_csv(out / "planners.csv", plans, about)
+    write_csv(out / "planners_prediction.csv", quality, about)
     print(f"{time.monotonic() - began:.0f} s in all; written to {out}")
     return 0
 

@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import fnmatch
 import gc
-import importlib.metadata
 import io
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -33,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_files import folder_of, measured_on, versions, write_csv
 from torch import Tensor
 from workbench import tables
 from workbench.peers import BASELINE, OURS, PEERS, Made, Peer
@@ -41,10 +39,8 @@ from workbench.workloads import TABLES, Scenario, Workload, of_table
 from autoplan import kernels, timing
 from autoplan.cache import fingerprint
 
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
-    "torch", "torchao", "optimum-quanto", "onnxruntime", "openvino", "nncf", "bitsandbytes", "hqq", "transformers",
-    "autoplan",
+    "torchao", "optimum-quanto", "onnxruntime", "openvino", "nncf", "bitsandbytes", "hqq", "transformers", "autoplan"
 )  # fmt: skip
 TOO_SLOW = 4.0  # times the baseline: judged on its first input alone, and not raced
 SAMPLE_US = 20_000.0  # what one turn lasts at least: other libraries' threads go on spinning for about a millisecond
@@ -73,27 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     began = time.monotonic()
     environment = fingerprint.environment("cpu", fingerprint.source_digest(kernels))
-    about = {"device": environment["device"], "threads": torch.get_num_threads(), "date": str(datetime.date.today())}
-    about |= {package: version(package) for package in PACKAGES}
+    about = measured_on(environment, **versions(*PACKAGES))
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    out = arguments.out or RESULTS / re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower()).strip("-")
+    out = arguments.out or folder_of(environment)
     for table in arguments.workloads:
         with tempfile.TemporaryDirectory() as folder:
             arguments.journal = Path(folder, "journal.jsonl")
             rows = play(table, arguments) if arguments.quick else in_a_child(table, arguments, folder)
         for scenario in dict.fromkeys(row["scenario"] for row in rows):
             print(f"\n{table}: {scenario}\n{tables.markdown([row for row in rows if row['scenario'] == scenario])}")
-        tables.write_csv(out / f"scoreboard-{table}.csv", rows, about)
+        write_csv(out / f"scoreboard-{table}.csv", rows, about)
         tables.write_page(out, [name for name in TABLES if name != "layers"])
         print(f"{time.monotonic() - began:.0f} s so far; written to {out}", flush=True)
     return 0
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 # --- processes: one per table; what kills it costs only the peer that did ---

@@ -1,7 +1,7 @@
 """One plan for two workloads: prefill and decode of a decoder, against plans made for one of them and uniform plans.
 
     python benchmarks/workloads.py                 # Llama-shaped, bfloat16, 4 layers of hidden 2048; about 8 minutes
-    python benchmarks/workloads.py --small         # seconds; says nothing about speed
+    python benchmarks/workloads.py --small         # about a minute; says nothing about speed
 
 A prefill of 512 rows counts once, a decode step of 1 row 256 times. Plans are made for both workloads together, for
 each alone, and with each single candidate wherever it is open; all are then timed in one interleaved run on both
@@ -12,9 +12,6 @@ table, writes a CSV with device and versions. No plan may be faster than the joi
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import re
 import sys
 import time
 from collections import Counter
@@ -23,36 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_files import folder_of, measured_on, write_csv
 from tabulate import tabulate
 from torch import nn
+from workbench.workloads import llama
 
 from autoplan import Budget, Plan, PlanCache, make_plan, record
 from autoplan.apply import stand_ins_of
 from autoplan.records import EAGER
 from autoplan.validate import whole_model_times
 
-RESULTS = Path(__file__).parent / "results"
 CANDIDATES = ["int8_weight_only", "int8_dynamic", "int8_dual", "int4_g128"]
 WEIGHTS = {"prefill": 1.0, "decode": 256.0}
+VOCABULARY = 4096  # less than Llama's
 ANYTHING = Budget(divergence=1e6)  # of random weights no output means anything
-
-
-def decoder(small: bool) -> nn.Module:
-    """A decoder shaped like Llama, random bfloat16 weights, its vocabulary cut to 4096."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    width, layers = (64, 2) if small else (2048, 4)
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=max(1, width // 256),
-        vocab_size=4096,
-        use_cache=False,
-    )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model.to(torch.bfloat16).eval()
 
 
 def planned(model: nn.Module, rows: dict[str, int], workloads: Iterable[str], cache: PlanCache, seed: int,
@@ -62,7 +43,7 @@ def planned(model: nn.Module, rows: dict[str, int], workloads: Iterable[str], ca
         for workload in workloads:
             with recording.workload(workload, weight=WEIGHTS[workload]):
                 for _ in range(3):
-                    model(torch.randint(4096, (1, rows[workload])))
+                    model(torch.randint(VOCABULARY, (1, rows[workload])))
     pins = None if pin is None else {"*": pin}
     return make_plan(
         model, recording, candidates=candidates, pin=pins, budget=ANYTHING, cache=cache, compiled=False, seed=seed
@@ -78,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     began, seed = time.monotonic(), arguments.seed
     torch.manual_seed(seed)
-    model, cache = decoder(arguments.small), PlanCache()
+    width, layers = (512, 1) if arguments.small else (2048, 4)  # all widths are multiples of int4_g128's groups
+    model, cache = llama(width, layers, VOCABULARY).eval(), PlanCache()
     rows = {"prefill": 32 if arguments.small else 512, "decode": 1}
     plans = {"both workloads": planned(model, rows, WEIGHTS, cache, seed)}
     for workload in WEIGHTS:
@@ -88,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.no_grad(), record(model, seed=seed) as recording:
         for workload, count in rows.items():
             with recording.workload(workload, weight=WEIGHTS[workload]):
-                model(torch.randint(4096, (1, count)))
+                model(torch.randint(VOCABULARY, (1, count)))
     variants: dict[str, dict[str, Any]] = {"float": {}}
     variants |= {name: dict(stand_ins_of(model, plan.layers)) for name, plan in plans.items()}
     with torch.no_grad():
@@ -102,8 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     print("weighted time of a prefill and 256 decode steps / that of the plan for both, paired, with 95 % intervals")
     print(tabulate(table, headers="keys", floatfmt=".3f"))
-    write(table, plans["both workloads"], arguments)
-    print(f"{time.monotonic() - began:.0f} s, seed {seed}")
+    environment = plans["both workloads"].fingerprints["environment"]
+    out = arguments.out or folder_of(environment) / "workloads.csv"
+    write_csv(out, table, measured_on(environment, seed=seed))
+    print(f"{time.monotonic() - began:.0f} s, seed {seed}; written to {out}")
     return 0
 
 
@@ -113,21 +97,6 @@ def chosen(plan: Plan | None) -> str:
         return "-"
     counts = Counter(layer.chosen for layer in plan.layers)
     return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-
-
-def write(table: list[dict[str, Any]], plan: Plan, arguments: argparse.Namespace) -> None:
-    """The table as CSV, each row with device, versions and date."""
-    environment = plan.fingerprints["environment"]
-    device = re.sub(r"[^a-z0-9]+", "-", str(environment["device"]).lower()).strip("-")
-    out = arguments.out or RESULTS / device / "workloads.csv"
-    versions = {key: environment[key] for key in ("device", "torch", "kernels")}
-    versions |= {"threads": torch.get_num_threads(), "seed": arguments.seed, "date": datetime.date.today().isoformat()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*table[0], *versions])
-        writer.writeheader()
-        writer.writerows(row | versions for row in table)
-    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import importlib.util
 import sys
 from dataclasses import replace
@@ -41,6 +42,26 @@ def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("script", ["result_files"], indirect=True)
+def test_every_row_says_what_it_was_measured_on(script: ModuleType, tmp_path: Path) -> None:
+    gpu = {"device": "GPU (a) 100", "host": "x", "driver": "1.2", "cuda": "13.0", "python": "3.10", "torch": "2.9",
+           "triton": None, "kernels": "ab"}  # fmt: skip
+    assert script.folder_of(gpu) == ROOT / "benchmarks" / "results" / "gpu-a-100"
+    file = tmp_path / "new" / "rows.csv"
+    about = script.measured_on(gpu, mode="eager", **script.versions("pytest", "no-such-package"))
+    script.write_csv(file, [{"us": 1.5}, {"note": "not run: é"}], about)
+    first, second = rows_of(file)
+    known = {"device": "GPU (a) 100", "driver": "1.2", "cuda": "13.0", "python": "3.10", "torch": "2.9"}
+    known |= {"triton": "", "kernels": "ab", "threads": str(torch.get_num_threads()), "mode": "eager"}
+    known |= {"pytest": pytest.__version__, "no-such-package": "none"}
+    for row in (first, second):
+        assert known.items() <= row.items()
+        assert datetime.date.fromisoformat(row["date"]) <= datetime.date.today()
+    assert (first["us"], first["note"], second["us"], second["note"]) == ("1.5", "", "", "not run: é")
+    on_a_cpu = script.measured_on({key: value for key, value in gpu.items() if key not in ("driver", "cuda")})
+    assert list(on_a_cpu) == ["device", "python", "torch", "triton", "kernels", "threads", "date"]
 
 
 @pytest.mark.parametrize("script", ["gpu"], indirect=True)

@@ -1,4 +1,4 @@
-"""CSV files, one per table; and from all that are in a folder, the Markdown page and the Pareto picture."""
+"""From the CSV files in a folder, one per table: the Markdown page and the Pareto picture."""
 
 from __future__ import annotations
 
@@ -16,14 +16,6 @@ Row = dict[str, Any]
 LEAST = 1e-7  # divergence below which two models are the same to the picture's axis
 _ACCURACY = ("relative_error", "kl", "cosine", "top_1", "top_10", "perplexity")
 _ABOUT = ("device", "threads", "date")
-
-
-def write_csv(path: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*dict.fromkeys(key for row in rows for key in row), *about])
-        writer.writeheader()
-        writer.writerows(row | about for row in rows)
 
 
 def read(folder: Path) -> dict[str, list[Row]]:

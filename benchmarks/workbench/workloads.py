@@ -108,6 +108,24 @@ class Logits(nn.Module):
         return found
 
 
+def llama(width: int, layers: int, vocabulary: int) -> nn.Module:
+    """A causal language model shaped like Llama, with heads of 64 features and random bfloat16 weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=max(1, width // 256),
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16)
+
+
 class Features(nn.Module):
     """A vision transformer: images [batch, 3, height, width] to logits [batch, 1000]."""
 
@@ -201,27 +219,14 @@ def language_model(quick: bool) -> Workload:
 def decoder(quick: bool) -> Workload:
     """Shaped like Llama, with random weights: hidden 2048, 8 layers, vocabulary 32,000."""
 
-    def make() -> nn.Module:
-        from transformers import LlamaConfig, LlamaForCausalLM
+    width, layers, vocabulary = (128, 1, 512) if quick else (2048, 8, 32_000)
 
-        width, layers, vocabulary = (128, 1, 512) if quick else (2048, 8, 32_000)
-        config = LlamaConfig(
-            hidden_size=width,
-            intermediate_size=width * 11 // 4,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 64,
-            num_key_value_heads=max(1, width // 256),
-            vocab_size=vocabulary,
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
-        # Rounded to bfloat16 once, as they are given, also where a peer wants float32.
-        return Logits(LlamaForCausalLM(config).to(torch.bfloat16))
+    def make() -> nn.Module:
+        return Logits(llama(width, layers, vocabulary))  # rounded to bfloat16, also where a peer wants float32
 
     def tokens(batch: int, length: int, seed: int, count: int) -> list[Input]:
         generator = torch.Generator().manual_seed(seed)
-        most = 512 if quick else 32_000
-        return [{"input_ids": torch.randint(most, (batch, length), generator=generator)} for _ in range(count)]
+        return [{"input_ids": torch.randint(vocabulary, (batch, length), generator=generator)} for _ in range(count)]
 
     scenarios = [
         Scenario(
