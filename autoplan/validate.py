@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -153,10 +154,11 @@ def do_no_harm(
 ) -> tuple[Sequence[LayerPlan], Outcome]:
     """The plan with the reason of every choice, and what was measured of it; or the float model, and why.
 
-    The float model is kept if on the final split the divergence is surely above the budget; if the user's metric
-    falls by more than its tolerance and no part of the plan is found that it accepts; and if as a whole the plan is not
-    surely faster (unless the caller pinned layers, or asked for fewer bytes). A uniform plan that is surely faster than
-    the solver's as a whole is taken in its place.
+    Where on the final split the divergence is surely above the budget, or the user's metric falls by more than its
+    tolerance, the worst contributors are put back to none, until that split (by its upper bound) and the metric accept
+    what is left. The float model is kept if they accept nothing, and if as a whole the plan is not surely faster
+    (unless the caller pinned layers, or asked for fewer bytes). A uniform plan that is surely faster than the solver's
+    as a whole is taken in its place.
     """
     name, uniform = best_uniform(plan, budget, outcome.kappa)
     outcome = replace(outcome, uniform=name)
@@ -165,15 +167,24 @@ def do_no_harm(
         return _explained(plan, budget, outcome, pinned), _noted(outcome, note)
     with undisturbed(whole.model):
         outcome = whole.judged(outcome, plan, final)
-    if reason := _too_far(plan, budget, outcome, pinned):
-        return _float_kept(plan, outcome, reason)
     jury = _Jury(whole, judge)
-    if not jury.accepts(plan):
-        accepted = put_back(plan, lambda fewer: seconds_left() > 0 and jury.accepts(fewer))
+    too_far = _too_far(plan, budget, outcome, pinned)
+    if too_far or not jury.accepts(plan):
+        limit = sys.float_info.max if budget.divergence is None else budget.divergence
+
+        def keeps(fewer: Sequence[LayerPlan]) -> bool:
+            if seconds_left() <= 0:
+                return False
+            with undisturbed(whole.model):
+                inside = not too_far or whole.measure(fewer, final).bound <= limit
+            return inside and jury.accepts(fewer)
+
+        accepted = put_back(plan, keeps)
+        reason = too_far or jury.verdict
         if accepted is None or all(map(is_plain, accepted)):
-            return _float_kept(plan, outcome, f"{jury.verdict}, so the float model is kept")
+            return _float_kept(plan, outcome, f"{reason}, so the float model is kept")
         back = sum(before.chosen != after.chosen for before, after in zip(plan, accepted, strict=True))
-        outcome = _noted(outcome, f"{jury.verdict}, so {back} layers were put back to none: that it accepts")
+        outcome = _noted(outcome, f"{reason}, so {back} layers were put back to none: that is accepted")
         plan = accepted
         with undisturbed(whole.model):
             outcome = whole.judged(outcome, plan, final)
@@ -242,14 +253,11 @@ def _too_far(plan: Sequence[LayerPlan], budget: Budget, outcome: Outcome, pinned
     """Why the output on the final split forbids the plan, or None."""
     limit, divergence = budget.divergence, outcome.divergence
     if not math.isfinite(divergence.value):
-        return "the planned model's output is not finite on the final split, so the float model is kept"
+        return "the planned model's output is not finite on the final split"
     exact = all(layer.chosen == "none" for layer in plan)  # but for rounding
     if limit is None or divergence.low <= limit or pinned or exact:
         return None
-    return (
-        f"on the final split the divergence is {divergence.value:.3g}, surely above the budget of {limit:.3g}, so the "
-        "float model is kept"
-    )
+    return f"on the final split the divergence is {divergence.value:.3g}, surely above the budget of {limit:.3g}"
 
 
 def _consider_uniform(

@@ -250,6 +250,28 @@ def test_the_users_metric_gets_as_much_of_the_plan_as_it_accepts(timer: Any) -> 
         outcome(whole, plan, Budget(divergence=9.0), judge=(lambda model: "good", 0.0))
 
 
+def test_a_plan_that_the_final_split_forbids_loses_its_worst_contributors(timer: Any) -> None:
+    """Errors amplify: the harm of a plan grows with the square of its switched layers, so of eight not all can stay."""
+    whole, layers = trial([1.0] * 8)
+    plan = choosing(layers, ["int4_g32"] * 8)
+    against = held_out(whole)
+    with undisturbed(whole.model):
+        limit = 1.01 * whole.measure(choosing(layers, ["int4_g32"] * 3 + ["none"] * 5), against).bound
+    kept, found = outcome(whole, plan, Budget(divergence=limit))
+    assert sum(layer.chosen == "int4_g32" for layer in kept) == 3
+    assert "on the final split the divergence is" in found.notes[1]
+    assert "so 5 layers were put back to none" in found.notes[1]
+    assert found.divergence_bound is not None
+    assert found.divergence_bound <= limit
+    assert found.speedup is not None
+
+    floating, found = outcome(whole, plan, Budget(divergence=1e-12))
+    assert all(map(is_plain, floating))
+    assert "so the float model is kept" in found.notes[-1]
+    floating, found = outcome(whole, plan, Budget(divergence=limit), seconds_left=lambda: -1.0)
+    assert all(map(is_plain, floating))
+
+
 def test_out_of_time_the_users_metric_is_asked_no_further(timer: Any) -> None:
     whole, layers = trial([1.0] * 4)
     scores = iter([1.0, 0.0])
