@@ -135,12 +135,13 @@ class PlannedLinear(nn.Module):
             )
         if self._packed is None:
             raise RuntimeError(f"layer {self.name!r} is on the meta device: load a state_dict with assign=True first")
-        x = input.reshape(-1, self.in_features).contiguous()
+        flat = input.dim() == 2
+        x = (input if flat else input.reshape(-1, self.in_features)).contiguous()
         if self._inline is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
             y = self._inline(x, self._packed, self.bias, dtype)
         else:
             y = call_linear(x, self._packed, self.bias, self._running, self.out_features, dtype)
-        return y.view(*input.shape[:-1], self.out_features)
+        return y if flat else y.view(*input.shape[:-1], self.out_features)
 
     @property
     def weight(self) -> Tensor:

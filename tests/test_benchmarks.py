@@ -88,6 +88,15 @@ def test_a_kernel_that_is_wrong_is_told_and_not_timed(
     assert {row["name"] for row in rows_of(tmp_path / "gpu.csv")} == {"none"}
 
 
+@pytest.mark.parametrize("script", ["overhead"], indirect=True)
+def test_overhead(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "PROGRAMS", (("int8_dynamic", "dequantize_int8"), ("int4_g32", "dequantize_int4")))
+    assert script.main(["--seconds", "0.2", "--out", str(tmp_path)]) == 0
+    rows = {row["layer"]: row for row in rows_of(tmp_path / "overhead.csv")}
+    assert set(rows) == {"nn.Linear", "planned, none", "int8_dynamic", "int4_g32"}
+    assert all(float(row["us"]) > 0 for row in rows.values())
+
+
 @pytest.mark.parametrize("script", ["decode"], indirect=True)
 def test_a_decoder(script: ModuleType, tmp_path: Path, timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "compare", compare)  # planning's timer stays the fake one
