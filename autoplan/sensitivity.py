@@ -31,7 +31,7 @@ Scores = dict[Pair, Sensitivity]
 
 _ROWS_PER_BACKWARD = 2048  # of the layer that has most: what one backward pass holds of activations
 _HELD_BYTES = 1 << 30  # of layers' inputs and gradients at a time, until their candidates have been tried
-_FIRST_UNITS = 512  # blocks of tokens, or samples of a pooled output, times the passes that scoring starts with
+_FIRST_BLOCKS, _FIRST_SAMPLES = 512, 128  # of tokens, or of a pooled output, times the passes that scoring starts with
 _PASSES = 16  # at most
 _RELATIVE_ERROR = 0.1  # of the sum of scores, from which on no further pass is made
 _AUDITED = 0.05  # of the pairs
@@ -273,7 +273,8 @@ def fisher(subject: Subject, trials: Sequence[Trial], go_on: Callable[[int], boo
     ]
     per_position = subject.loss or subject.against[0].logits
     total = sum(map(unmasked, subject.against)) if per_position else weight(subject.against)
-    first = 1 if subject.loss else min(math.ceil(_FIRST_UNITS / max(sum(map(units, subject.against)), 1)), _PASSES)
+    wanted = _FIRST_BLOCKS if any(reference.output.dim() > 2 for reference in subject.against) else _FIRST_SAMPLES
+    first = 1 if subject.loss else min(math.ceil(wanted / max(sum(map(units, subject.against)), 1)), _PASSES)
     done = 0
     for group in _groups(subject, trials, first):
         names = {name: layer for layer, own in group.items() for name in (layer, *own[0].profile.aliases)}

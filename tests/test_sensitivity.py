@@ -338,7 +338,7 @@ def test_more_passes_are_made_while_the_scores_are_not_sure(monkeypatch: pytest.
         harms("fisher", judged, ["int8_weight_only"])
     assert made == [range(16)]  # one sample: all that are allowed
     made.clear()
-    monkeypatch.setattr(sensitivity, "_FIRST_UNITS", 1)
+    monkeypatch.setattr(sensitivity, "_FIRST_SAMPLES", 1)
     with subject(Transformer("sample features"), draw(4, 13, 32)) as judged:
         harms("fisher", judged, ["int8_weight_only"])
     assert made[0] == range(1)
