@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, get_args
@@ -16,6 +16,7 @@ from autoplan.cache.fingerprint import environment, source_digest, tensor_digest
 from autoplan.candidates import find_candidate
 from autoplan.errors import AutoplanError, PlanMismatchError
 from autoplan.layers import PlannedLinear
+from autoplan.offload import identity, is_offloaded, values
 from autoplan.plan import Plan
 from autoplan.recorder import dtype_name, refuse_planned, unwrap
 from autoplan.records import LayerPlan, label
@@ -34,6 +35,10 @@ def apply_plan(model: Model, plan: Plan, *, weights: Weights = "check") -> Model
     Names, shapes and dtypes must match those that were planned. `weights="check"` compares the weights' digests too:
     of a sample, or of every byte where the plan was made with `strict=True`; "strict" takes no plan that was not.
     "skip" does not compare them (for a twin that will load its weights, or a model on the meta device).
+
+    Of a layer that accelerate offloads, the quantized weight stays on the device where the layer runs; one that `none`
+    was chosen for is offloaded as before. What accelerate holds is not changed: while any module of the model still is
+    offloaded, all its float weights stay in CPU memory (or in their files), those of planned layers too.
 
     A plan that was made in another environment is applied with a warning, and marked `stale`: see `Plan.revalidate`.
 
@@ -70,17 +75,21 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def stand_ins_of(model: nn.Module, layers: Sequence[LayerPlan]) -> dict[str, PlannedLinear]:
-    """The modules that these layers' choices need, by name; plain layers stay as they are."""
+    """The modules that these layers' choices need, by name; plain layers stay as they are.
+
+    So do offloaded ones that chose `none`, whatever its kernel: prepacked, all of a float weight would stay in memory.
+    """
     made: dict[str, PlannedLinear] = {}
     for layer in layers:
-        if not is_plain(layer):
+        stays_offloaded = layer.chosen == "none" and is_offloaded(model.get_submodule(layer.name))
+        if not (is_plain(layer) or stays_offloaded):
             program = layer.option(layer.chosen).program
             made.update(stand_ins(model, (layer.name, *layer.aliases), layer.chosen, program))
     for places in fused_sets(layers):
         members = [layers[i] for i in places]
-        join(
-            label([layer.name for layer in members]), [made[layer.name] for layer in members], members[0].choice.program
-        )
+        if all(layer.name in made for layer in members):
+            names = [layer.name for layer in members]
+            join(label(names), [made[name] for name in names], members[0].choice.program)
     return made
 
 
@@ -107,17 +116,18 @@ class StandIns:
 def stand_ins(model: nn.Module, names: tuple[str, ...], candidate: str, program: str) -> dict[str, PlannedLinear]:
     """Planned layers for the Linears of these names, which run one weight: it is quantized once and held once."""
     made: dict[int, PlannedLinear] = {}
-    holders: dict[int, PlannedLinear] = {}  # by where the weight lies
+    holders: dict[Hashable, PlannedLinear] = {}  # by where the weight lies
     for name in names:
         linear = model.get_submodule(name)
         if not isinstance(linear, nn.Linear):
             raise AutoplanError(f"layer {name!r} is a {type(linear).__name__}, not an nn.Linear")
         if id(linear) not in made:
-            if holder := holders.get(linear.weight.data_ptr()):
+            weight = identity(linear, "weight")
+            if holder := holders.get(weight):
                 made[id(linear)] = holder.sharing_weight(name, linear)
             else:  # the first; or a twin that was tied when the plan was made, and is not here
                 made[id(linear)] = PlannedLinear.from_linear(name, linear, find_candidate(candidate), program)
-                holders[linear.weight.data_ptr()] = made[id(linear)]
+                holders[weight] = made[id(linear)]
     return {name: made[id(model.get_submodule(name))] for name in names}
 
 
@@ -185,14 +195,15 @@ def check_match(model: nn.Module, plan: Plan, weights: Weights) -> None:
             )
         if not planned_digests:
             continue
-        seen: dict[int, str] = {}  # a tied weight once
+        seen: dict[Hashable, str] = {}  # a tied weight once
         for name in (layer.name, *layer.aliases):
             module = modules.get(name)
             if not isinstance(module, nn.Linear):
                 continue
-            pointer = module.weight.data_ptr()
-            seen[pointer] = seen.get(pointer) or tensor_digest(module.weight, strict="strict" in coverage)
-            if seen[pointer] not in planned_digests:
+            weight = identity(module, "weight")
+            if weight not in seen:
+                seen[weight] = tensor_digest(values(module, "weight"), strict="strict" in coverage)
+            if seen[weight] not in planned_digests:
                 wrong.append(f"{name} has other weights")
     if wrong:
         listed = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")

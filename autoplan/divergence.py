@@ -110,8 +110,9 @@ def undisturbed(model: nn.Module, eager: bool = True) -> Iterator[None]:
     """
     training = {module: module.training for module in model.modules()}
     held = [(module, dict(module._buffers)) for module in training]  # a forward may put another tensor in its place
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    gpus = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]  # those may be offloaded
+    devices = {device_of_model(model), *(tensor.device for tensor in (*model.parameters(), *model.buffers()))}
+    gpus = [device for device in devices if device.type == "cuda"]
     try:
         with torch.random.fork_rng(devices=gpus), torch.no_grad(), eagerly() if eager else nullcontext():
             model.eval()

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from autoplan.divergence import OutputPicker, Reference, call, main_output, unmasked
 from autoplan.errors import AutoplanError
+from autoplan.offload import read_again_for_backward, weight_and_bias
 
 Loss = Callable[[Any], Tensor]  # of what the model returns
 
@@ -67,7 +68,7 @@ def gradients(
     behind. Call inside `undisturbed`. Raises GradientError, and AutoplanError for a `loss` that gives no scalar.
     """
     found: dict[str, Calls] = {layer: [] for layer in names.values()}
-    with torch.inference_mode(False), _constant_weights(model), torch.enable_grad():
+    with torch.inference_mode(False), _constant_weights(model), read_again_for_backward(model), torch.enable_grad():
         for number, reference in enumerate(against):
             try:
                 calls = _of_one_input(model, names, reference, picker, loss, passes, seed + 7919 * number)
@@ -166,10 +167,11 @@ def _tapped(model: nn.Module, names: Mapping[str, str], calls: list[Call], taps:
             x: Tensor = args[0] if args else kwargs["input"]
             if not x.numel():
                 return None
+            x = x.detach().to(output.device, copy=True)  # models may write over it; accelerate may bring it
             if not torch.is_grad_enabled():
                 raise GradientError(f"layer {name!r} runs under torch.no_grad()")
             dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-            calls.append(Call(name, x.detach().clone(), dtype, torch.Size(), []))  # models may write over it
+            calls.append(Call(name, x, dtype, torch.Size(), []))
             taps.append(output.new_zeros((), requires_grad=True).expand_as(output))
             return output + taps[-1]
 
@@ -219,10 +221,11 @@ class Changes:
     def _run(module: nn.Module, one: Call) -> Tensor:
         """The layer alone, without the user's hooks: they are not to see a call that the model did not make."""
         with torch.autocast(one.x.device.type, one.autocast, enabled=one.autocast is not None):
-            y: Tensor = (
-                F.linear(one.x, module.weight, module.bias) if type(module) is nn.Linear else module.forward(one.x)
-            )
-        return y
+            if type(module) is not nn.Linear:
+                y: Tensor = module.forward(one.x)
+                return y
+            weight, bias = weight_and_bias(module)
+            return F.linear(one.x.to(weight.device), weight, bias).to(one.x.device)
 
 
 def by_unit(dots: Tensor, output: Sequence[int]) -> tuple[str, Tensor]:

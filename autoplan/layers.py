@@ -22,6 +22,7 @@ from autoplan.kernels.ops import (
     parse_program,
     unpack_program,
 )
+from autoplan.offload import resident_bias, resident_hook, weight_and_bias
 
 if TYPE_CHECKING:
     from autoplan.siblings import Siblings
@@ -70,15 +71,18 @@ class PlannedLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, name: str, linear: nn.Linear, candidate: Candidate, program: str) -> PlannedLinear:
-        """A stand-in for `linear`, sharing its bias, hooks and train flag. Raises AutoplanError naming the layer."""
+        """A stand-in for `linear`, sharing its bias, hooks and train flag. Raises AutoplanError naming the layer.
+
+        Of a layer that accelerate offloads, weight and bias are read, and what is made of them stays on its device.
+        """
         try:
-            canonical = candidate.quantize(linear.weight.detach())
+            canonical = candidate.quantize(weight_and_bias(linear)[0].detach())
             planned = cls(
                 name,
                 candidate.name,
                 program,
                 canonical,
-                linear.bias,
+                resident_bias(linear),
                 size=(linear.out_features, linear.in_features),
                 dtype=linear.weight.dtype,
             )
@@ -96,12 +100,12 @@ class PlannedLinear(nn.Module):
         twin = PlannedLinear.__new__(PlannedLinear)
         nn.Module.__init__(twin)
         vars(twin).update(
-            {key: value for key, value in vars(self).items() if not key.startswith("_") and key != "name"}
+            {k: value for k, value in vars(self).items() if not k.startswith("_") and k not in ("name", "forward")}
         )
         twin.name = name
         twin._packed, twin._canonical = self._packed, self._canonical
         twin._running, twin._inline = self._running, self._inline
-        twin.register_parameter("bias", linear.bias)
+        twin.register_parameter("bias", resident_bias(linear))
         twin.adopt(linear)
         return twin
 
@@ -117,7 +121,7 @@ class PlannedLinear(nn.Module):
         if "_hf_hook" in vars(linear):  # accelerate's, which brings inputs to the device of the layer
             from accelerate.hooks import add_hook_to_module
 
-            add_hook_to_module(self, vars(linear)["_hf_hook"])
+            add_hook_to_module(self, resident_hook(vars(linear)["_hf_hook"]))
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = self.dtype

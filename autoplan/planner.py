@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from autoplan import benchmark, fusion, options, priorities, rescale, sensitivity, validate
+from autoplan import benchmark, fusion, offload, options, priorities, rescale, sensitivity, validate
 from autoplan.apply import StandIns, apply_plan, stand_ins
 from autoplan.arms import Contender
 from autoplan.benchmark import Key, Progress
@@ -215,8 +215,8 @@ def _replica(model: nn.Module) -> nn.Module:
     Buffers are its own. A model that cannot be copied is tried out in place; what is swapped in is always taken out.
     """
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    for module in model.modules():  # weights that accelerate offloads: not parameters, between calls
-        offloaded = getattr(vars(module).get("_hf_hook"), "weights_map", None)
+    for hook in (hook for module in model.modules() for hook in offload.hooks(module)):
+        offloaded = getattr(hook, "weights_map", None)  # not parameters, between calls
         shared[id(offloaded)] = offloaded
     try:
         return copy.deepcopy(model, dict(shared))

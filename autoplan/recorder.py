@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import itertools
 import logging
 import threading
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from autoplan.errors import RecordingError
 from autoplan.layers import PlannedLinear
+from autoplan.offload import execution_device, identity, is_offloaded, only_places
 from autoplan.records import Call, LayerProfile, LeftAlone
 
 SAMPLE_ROWS = 1024  # real input rows kept per layer
@@ -50,9 +52,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 def device_of_model(model: nn.Module) -> torch.device:
     """Where a model is: the device of its first parameter that is not on the meta device; the CPU if it has none.
 
-    Weights that accelerate offloads are on the meta device between calls.
+    Of a model that accelerate offloads whole, all are on the meta device between calls: then where it is brought to.
     """
-    return next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
+    resident = (tensor.device for tensor in model.parameters() if not tensor.is_meta)
+    brought_to = (execution_device(module) for module in model.modules() if is_offloaded(module))
+    return next(itertools.chain(resident, brought_to), torch.device("cpu"))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -70,7 +74,7 @@ class _Decision:
 
 def find_layers(model: nn.Module) -> tuple[list[_Decision], list[LeftAlone]]:
     """All Linears of `model`: those a plan may change, grouped by weight, and those left alone with the reason."""
-    plannable: dict[tuple[int, torch.Size, tuple[int, ...]], _Decision] = {}
+    plannable: dict[tuple[Hashable, torch.Size, tuple[int, ...]], _Decision] = {}
     left_alone: list[LeftAlone] = []
     shared_with = _tensors_of_other_modules(model)
     fast_path = _fast_path_linears(model)
@@ -91,13 +95,14 @@ def find_layers(model: nn.Module) -> tuple[list[_Decision], list[LeftAlone]]:
             left_alone.append(LeftAlone(name, reason))
             continue
         weight = module.weight
-        decision = plannable.setdefault((weight.data_ptr(), weight.shape, weight.stride()), _Decision([], module))
+        key = (identity(module, "weight"), weight.shape, weight.stride())
+        decision = plannable.setdefault(key, _Decision([], module))
         decision.names.append(name)
     return list(plannable.values()), left_alone
 
 
 def _reason_to_leave(
-    name: str, module: nn.Linear, shared_with: Mapping[int, str], fast_path: Mapping[int, str]
+    name: str, module: nn.Linear, shared_with: Mapping[Hashable, str], fast_path: Mapping[int, str]
 ) -> str | None:
     if not name:
         return "it is the model itself; wrap it in nn.Sequential to plan it"
@@ -105,26 +110,21 @@ def _reason_to_leave(
         return f"it is a {type(module).__name__}, a Linear with a forward of its own"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "it is a NonDynamicallyQuantizableLinear: attention reads its weight without calling it"
-    if "forward" in vars(module) and not _only_moves_inputs(module):
-        return "its forward was replaced on the instance (offloading hooks do that)"
+    if "forward" in vars(module) and not only_places(module):
+        return "its forward was replaced on the instance"
     if nn.utils.parametrize.is_parametrized(module) or "weight" not in module._parameters:
         return "its weight is parametrized or computed by a hook"
     if not module.weight.numel():
         return "its weight is empty"
-    if module.weight.is_meta:
+    if module.weight.is_meta and not is_offloaded(module):
         return "its weight is on the meta device"
     if dtype_name(module.weight.dtype) not in _FLOATS:
         return f"its weight is {dtype_name(module.weight.dtype)}; float32, bfloat16 and float16 can be planned"
     if type(module.weight) is not nn.Parameter:
         return f"its weight is a tensor subclass, {type(module.weight).__name__}"
-    if owner := shared_with.get(module.weight.data_ptr()):
+    if owner := shared_with.get(identity(module, "weight")):
         return f"its weight is tied to {owner}"
     return fast_path.get(id(module))
-
-
-def _only_moves_inputs(module: nn.Module) -> bool:
-    """Whether its forward was replaced by accelerate, for a module that has its weights and the device to itself."""
-    return getattr(vars(module).get("_hf_hook"), "offload", True) is False
 
 
 def _stacked_weight(module: nn.Module) -> list[int] | None:
@@ -135,14 +135,14 @@ def _stacked_weight(module: nn.Module) -> list[int] | None:
     return next((list(shape) for shape in own if len(shape) == 3 and min(shape) > 1), None)
 
 
-def _tensors_of_other_modules(model: nn.Module) -> dict[int, str]:
+def _tensors_of_other_modules(model: nn.Module) -> dict[Hashable, str]:
     """Where the parameters of modules that are not Linears live: a Linear there is tied (to an embedding, mostly)."""
     return {
-        tensor.data_ptr(): f"{name}.{key}" if name else key
+        identity(module, key): f"{name}.{key}" if name else key
         for name, module in model.named_modules()
         if not isinstance(module, nn.Linear)
         for key, tensor in module.named_parameters(recurse=False)
-        if tensor.numel() and not tensor.is_meta
+        if tensor.numel() and (not tensor.is_meta or is_offloaded(module))
     }
 
 
@@ -242,7 +242,7 @@ class Recording:
             out_features=module.out_features,
             has_bias=module.bias is not None,
             dtype=dtype_name(module.weight.dtype),
-            device=module.weight.device.type,
+            device=execution_device(module).type,
             calls=tuple(Call(*key, count) for key, count in sorted(self._calls[name].items())),
         )
 
@@ -251,9 +251,9 @@ class Recording:
         return self._samples[name].rows()
 
     def _log(self, name: str, x: Tensor) -> None:
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type) and dtype.is_floating_point:
-            dtype = torch.get_autocast_dtype(x.device.type)
+        dtype, device = x.dtype, execution_device(self.decisions[name].module).type
+        if torch.is_autocast_enabled(device) and dtype.is_floating_point:
+            dtype = torch.get_autocast_dtype(device)
         given, x = x, x.detach().reshape(-1, x.shape[-1])
         if not x.numel() or x.shape[1] != self.decisions[name].module.in_features:
             return  # no rows (an expert that no token was sent to), or a call that is about to fail
@@ -307,7 +307,7 @@ def _state(x: Tensor) -> float:
 
 def _kind(linear: nn.Linear) -> tuple[Any, ...]:
     """What siblings have in common."""
-    return linear.in_features, linear.weight.dtype, linear.weight.device
+    return linear.in_features, linear.weight.dtype, execution_device(linear)
 
 
 def _copied(leaf: Any, memo: dict[int, Any]) -> Any:

@@ -20,6 +20,7 @@ from autoplan.candidates.base import select
 from autoplan.divergence import OutputPicker
 from autoplan.errors import AutoplanError, CacheError, CandidateError
 from autoplan.fisher import Loss
+from autoplan.offload import named_values
 from autoplan.recorder import Recording, match
 from autoplan.records import Device, LayerProfile, LeftAlone, label
 from autoplan.selection import Budget
@@ -161,10 +162,7 @@ class Request:
     ) -> dict[str, Any]:
         """All that a plan depends on, as plain data: environment, model, data, options."""
         device = profiles[0].device if profiles else "cpu"
-        tensors = [*model.named_parameters(), *model.named_buffers()]
-        model_print = fingerprint.model_fingerprint(
-            ((name, tensor) for name, tensor in tensors if not tensor.is_meta), self.strict
-        )
+        model_print = fingerprint.model_fingerprint(named_values(model), self.strict)
         by_tensor: Any = model_print["tensors"]
         layers = {
             profile.name: by_tensor[name]

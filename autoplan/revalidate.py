@@ -20,6 +20,7 @@ from autoplan.candidates import Candidate, find_candidate
 from autoplan.divergence import OutputPicker, references, undisturbed
 from autoplan.errors import CandidateError, PlanMismatchError
 from autoplan.kernels.ops import base_name
+from autoplan.offload import execution_device
 from autoplan.options import Menu, Rules
 from autoplan.plan import Plan, revalidates
 from autoplan.recorder import as_calls, device_of_model, record, refuse_planned, unwrap
@@ -71,7 +72,7 @@ class _Revalidation:
 
     def run(self, inputs: Any, output: OutputPicker | None, began: float) -> Plan:
         plan = self.plan
-        device = self.model.get_submodule(plan.layers[0].name).weight.device.type if plan.layers else "cpu"
+        device = execution_device(self.model.get_submodule(plan.layers[0].name)).type if plan.layers else "cpu"
         environment = fingerprint.environment(str(device), fingerprint.source_digest(kernels))
         gone: dict[str, str] = {}  # candidates that are not known here, and why
         menus = [self._menu(layer, str(device), gone) for layer in plan.layers]

@@ -22,6 +22,7 @@ from autoplan.cache.fingerprint import digest
 from autoplan.cache.store import PlanCache, entry
 from autoplan.divergence import OutputPicker, Reference, call, compare, in_parts, unmasked, weight
 from autoplan.fisher import Changes, GradientError, Loss, gradients, units
+from autoplan.offload import weight_and_bias
 from autoplan.options import SHOWN_DB, SQNR_FLOOR_DB
 from autoplan.recorder import Recording
 from autoplan.records import LayerPlan, LayerProfile, Sensitivity
@@ -355,7 +356,7 @@ class Gate:
 
     def __init__(self, recording: Recording, profile: LayerProfile) -> None:
         linear = recording.decisions[profile.name].module
-        weight, bias = linear.weight, linear.bias
+        weight, bias = weight_and_bias(linear)
         self._name, self._dtype = profile.name, getattr(torch, profile.calls[0].dtype)
         self._autocast = self._dtype != weight.dtype
         self._x = recording.rows(profile.name).to(weight.device)

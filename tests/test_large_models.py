@@ -1,25 +1,21 @@
-"""Models that are large for their machine: what planning holds in memory at once, and models that accelerate spreads.
+"""What planning holds in memory at once, of models that are large for their machine.
 
 Run as a script, with a depth, this file plans a stack of layers and prints the memory it took.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from autoplan import Budget, apply_plan, autoplan, plan_of
-from autoplan.layers import PlannedLinear
+from autoplan import Budget
 
 DEPTH, WIDTH, ROWS = 24, 1024, 32
 LAYER_BYTES = WIDTH * WIDTH * 4  # of a float layer
@@ -100,77 +96,6 @@ def test_planning_holds_one_layers_candidates_at_a_time_and_whole_plans_only_to_
     # The plan, and the best uniform plan that it is raced against: bf16 at most, so half of the float model.
     assert held["validation"] < held["plan"] + 4 * LAYER_BYTES
     assert held["whole model"] < held["plan"] + held["float"] / 2 + 4 * LAYER_BYTES
-
-
-# Models that accelerate spreads over devices and files.
-
-
-QUICK: dict[str, Any] = {"candidates": ["int8_dynamic"], "budget": Budget(divergence=0.1), "cache": False}
-
-
-@pytest.fixture
-def accelerate() -> Any:
-    return pytest.importorskip("accelerate")
-
-
-def dispatched(accelerate: Any, model: nn.Module, folder: Path) -> nn.Module:
-    """Its second layer lies in a file, all else on its device."""
-    places = {"layers.0": "cpu", "layers.1": "disk", "layers.2": "cpu", "head": "cpu"}
-    spread: nn.Module = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder))
-    return spread
-
-
-def in_files(accelerate: Any, model: nn.Module, folder: Path) -> nn.Module:
-    spread: nn.Module = accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
-    return spread
-
-
-def in_memory(accelerate: Any, model: nn.Module, folder: Path) -> nn.Module:
-    spread: nn.Module = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    return spread
-
-
-@pytest.mark.parametrize(
-    ("spread", "planned"),
-    [(dispatched, ["layers.0", "layers.2", "head"]), (in_files, []), (in_memory, [])],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_of_a_model_that_accelerate_spreads_the_layers_that_keep_their_weights_are_planned(
-    timer: Any, accelerate: Any, spread: Callable[..., nn.Module], planned: list[str], tmp_path: Path
-) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(12, 64)
-    model = spread(accelerate, Stack(3, 64), tmp_path)
-    expected = model(x).detach()
-    places = {name: parameter.device.type for name, parameter in model.named_parameters()}
-    autoplan(model, x, **QUICK)
-    plan = plan_of(model)
-    assert [layer.name for layer in plan.layers] == planned
-    assert [name for name, module in model.named_modules() if isinstance(module, PlannedLinear)] == planned
-    assert all("forward was replaced" in item.reason for item in plan.left_alone)
-    assert len(plan.left_alone) == 4 - len(planned)
-    error = float(((model(x).detach() - expected).norm() / expected.norm()) ** 2)
-    assert error < 0.1
-    assert (error > 0) == bool(planned)
-    assert places.items() >= {name: p.device.type for name, p in model.named_parameters()}.items()
-
-
-def test_a_planned_layer_keeps_the_hook_that_brings_its_inputs(timer: Any, accelerate: Any, tmp_path: Path) -> None:
-    moved = []
-
-    class Watching(accelerate.hooks.AlignDevicesHook):  # type: ignore[misc, name-defined]
-        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            moved.append(type(module))
-            return super().pre_forward(module, *args, **kwargs)
-
-    torch.manual_seed(0)
-    model, x = Stack(1, 64), torch.randn(12, 64)
-    accelerate.hooks.add_hook_to_module(model.layers[0], Watching(execution_device="cpu"))
-    autoplan(model, x, **QUICK)
-    for twin in (model, copy.deepcopy(model), apply_plan(Stack(1, 64), plan_of(model), weights="skip")):
-        moved.clear()
-        twin(x)
-        assert moved == ([PlannedLinear] if hasattr(twin.layers[0], "_hf_hook") else [])
 
 
 if __name__ == "__main__":

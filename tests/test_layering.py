@@ -28,16 +28,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": set(),
     "solve": set(),
     "timing": set(),
-    "recorder": {"layers"},
+    "offload": set(),
+    "recorder": {"layers", "offload"},
     "report": set(),
     # what a layer can become
     "candidates": {"kernels"},
-    "layers": {"candidates", "kernels"},
+    "layers": {"candidates", "kernels", "offload"},
     "siblings": {"layers"},
     # what was decided, and carrying it out
     "selection": {"solve"},
     "plan": {"cache", "report", "selection"},
-    "apply": {"cache", "candidates", "kernels", "layers", "plan", "recorder", "selection", "siblings"},
+    "apply": {"cache", "candidates", "kernels", "layers", "offload", "plan", "recorder", "selection", "siblings"},
     # who else plans
     "distributed": {"apply", "cache", "layers", "recorder"},
     # what each choice gains and costs, and the whole of them
@@ -45,10 +46,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "benchmark": {"arms", "cache", "candidates", "kernels", "timing"},
     "options": {"arms", "benchmark", "candidates", "kernels", "selection"},
     "fusion": {"arms", "benchmark", "candidates", "kernels", "options", "selection"},
-    "request": {"benchmark", "cache", "candidates", "divergence", "fisher", "kernels", "recorder", "selection"},
+    "request": {"benchmark", "cache", "candidates", "divergence", "fisher", "kernels", "offload"}
+    | {"recorder", "selection"},
     "divergence": {"recorder"},
-    "fisher": {"divergence"},
-    "sensitivity": {"apply", "cache", "divergence", "fisher", "options", "recorder"},
+    "fisher": {"divergence", "offload"},
+    "sensitivity": {"apply", "cache", "divergence", "fisher", "offload", "options", "recorder"},
     "priorities": {"arms", "benchmark"},
     "posterior": set(),
     "rescale": {"posterior", "selection"},
