@@ -13,7 +13,6 @@ import math
 import os
 import pickle
 import pickletools
-import re
 import sys
 from collections.abc import Callable, Mapping
 from json.encoder import encode_basestring_ascii
@@ -29,9 +28,11 @@ MAX_BYTES = 32 << 20  # of a file
 MAX_MEMORY = 192 << 20  # that a file may claim once read; estimated from above, before anything is built
 MAX_DEPTH = 64  # of nested lists and dicts
 _LEAF_BYTES, _CONTAINER_BYTES = (64, 256)  # CPython: an int, float or short str and its slot; a small dict
+_BYTE_BYTES = 8 + _CONTAINER_BYTES  # the most that one byte of JSON can claim
 _LINE = 120
 
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+_one_line = json.JSONEncoder(allow_nan=False).encode
 
 
 def plain(data: object) -> Plain:
@@ -59,7 +60,12 @@ def digest_of_plain(data: Plain | dict[str, Any]) -> str:
 
 def sealed(data: dict[str, Any]) -> dict[str, Any]:
     """`data` and its digest: a change of any letter shows when it is unsealed."""
-    return {**data, "digest": digest(data)}
+    return sealed_plain(cast("dict[str, Any]", plain(data)))
+
+
+def sealed_plain(data: dict[str, Any]) -> dict[str, Any]:
+    """The same for what is known to be plain data."""
+    return {**data, "digest": digest_of_plain(data)}
 
 
 def unsealed(data: Any) -> dict[str, Any]:
@@ -105,9 +111,16 @@ def dumps_json(data: object) -> bytes:
     return encoded
 
 
+def dumps_part(data: Plain, depth: int, before: int) -> bytes:
+    """Data that is known to be plain, laid out as in `dumps_json`: `depth` deep, after `before` letters of a key."""
+    encoded = _lines(data, "  " * depth, before).encode()
+    _check_json_size(encoded)
+    return encoded
+
+
 def dumps_line(data: Plain) -> bytes:
     """Data that is known to be plain, as JSON on one line: several times as quick."""
-    encoded = (json.dumps(data, allow_nan=False) + "\n").encode()
+    encoded = (_one_line(data) + "\n").encode()
     _check_json_size(encoded)
     return encoded
 
@@ -120,19 +133,19 @@ def loads_json(data: bytes) -> Plain:
     """
     _check_json_size(data)
     try:
-        found = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
+        found = _decode(data.decode())
     except (ValueError, RecursionError) as error:
         raise CacheError(f"not JSON of plain data: {error}") from error
     return cast(Plain, found) if _is_surely_plain(data) else plain(found)
 
 
-# What JSON can say that is not plain: half a surrogate pair, and numbers too large for 64 bits or a float.
-_SUSPECT = re.compile(rb"\\u[dD]|[0-9]{19}|[eE][+-]?[0-9]{3}")
-
-
 def _is_surely_plain(data: bytes) -> bool:
-    """Whether JSON holds plain data, by a look at the text: true of most small files, and much quicker to tell."""
-    return data.count(b"[") + data.count(b"{") <= MAX_DEPTH and not _SUSPECT.search(data)
+    """Whether JSON that was read holds plain data, by a look at the text: true of most small files, and much quicker.
+
+    What else JSON can say is half a surrogate pair, and nesting too deep.
+    """
+    halves = b"\\ud" in data or b"\\uD" in data
+    return data.count(b"[") + data.count(b"{") <= MAX_DEPTH and not halves
 
 
 def dumps_pickle(data: object) -> bytes:
@@ -165,7 +178,11 @@ def write(path: str | os.PathLike[str] | Place, data: object) -> None:
         CacheError: the suffix is unknown, `data` is not plain, or the file cannot be written.
     """
     target = place(path)
-    encoded = _format(target).dumps(data)
+    write_bytes(target, _format(target).dumps(data))
+
+
+def write_bytes(target: Place, encoded: bytes) -> None:
+    """Write what is already encoded in the same way. Raises CacheError where the file cannot be written."""
     try:
         target.write(encoded)
     except OSError as error:
@@ -301,8 +318,27 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _int(digits: str) -> int:
+    found = int(digits) if len(digits) <= 20 else 1 << 64  # thousands of digits would take their time
+    if not -(1 << 63) <= found < 1 << 64:
+        raise ValueError(f"{digits[:80]} is an int of more than 64 bits")
+    return found
+
+
+def _float(digits: str) -> float:
+    found = float(digits)
+    if math.isinf(found):
+        _refuse_constant(digits[:80])
+    return found
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a finite number")
+
+
+_decode = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=_int, parse_float=_float, parse_constant=_refuse_constant
+).decode
 
 
 def _check_bytes(size: int) -> None:
@@ -312,15 +348,19 @@ def _check_bytes(size: int) -> None:
 
 def _check_json_size(data: bytes) -> None:
     _check_bytes(len(data))
+    if _BYTE_BYTES * len(data) > MAX_MEMORY:  # most are small: without counting
+        check_memory(json_memory(data))
+
+
+def json_memory(data: bytes) -> int:
+    """How many bytes of memory the data in JSON may claim once read, estimated from above."""
     widest = 1 if data.isascii() and b"\\u" not in data else 4  # one emoji makes each letter of its str 4 bytes
-    _check_memory(
-        2 * widest * len(data)
-        + _LEAF_BYTES * (data.count(b",") + data.count(b":"))
-        + _CONTAINER_BYTES * (data.count(b"[") + data.count(b"{"))
-    )
+    leaves, containers = data.count(b",") + data.count(b":"), data.count(b"[") + data.count(b"{")
+    return 2 * widest * len(data) + _LEAF_BYTES * leaves + _CONTAINER_BYTES * containers
 
 
-def _check_memory(claimed: int) -> None:
+def check_memory(claimed: int) -> None:
+    """Raises CacheError where this is more than a file may claim."""
     if claimed > MAX_MEMORY:
         raise CacheError(f"it claims more than {MAX_MEMORY >> 20} MiB of memory: keep fewer records in one file")
 
@@ -404,7 +444,7 @@ def _check_opcodes(data: bytes) -> None:
             elif name != "STOP":
                 raise CacheError(f"opcode {name} is not one that plain data needs")
             if claimed > MAX_MEMORY:
-                _check_memory(claimed)
+                check_memory(claimed)
     except CacheError as error:
         raise CacheError(f"not a pickle of plain data: {error} (at byte {position})") from None
     except (ValueError, IndexError) as error:

@@ -25,7 +25,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard, cast, get_args
 
 import platformdirs
 
@@ -35,7 +35,7 @@ from autoplan.errors import CacheError
 
 Kind = Literal["timings", "sensitivities", "plans"]
 Record: TypeAlias = dict[str, Any]  # {"fingerprint": {...}, "value": {...}}; in files also "stored" and "digest"
-_Records: TypeAlias = dict[str, dict[str, Any]]  # kind -> key -> record as in the file
+_Records: TypeAlias = dict[str, dict[str, Any]]  # kind -> key -> record as in the file; bytes: its JSON, yet to be read
 Location: TypeAlias = "str | os.PathLike[str]"
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -55,6 +55,13 @@ class Entry(NamedTuple):
     key: str
     stored: datetime | None  # when it was put; None where the record does not say
     nbytes: int  # as a file in a folder
+
+
+class _Found(NamedTuple):
+    """A record that is whole."""
+
+    held: Record | bytes  # to put elsewhere: as dicts or as JSON; of a folder on one line, of a large file on many
+    record: Record
 
 
 class PlanCache:
@@ -93,8 +100,8 @@ class PlanCache:
     def get(self, kind: Kind, key: str) -> Record | None:
         """A copy of the record, or None where there is none that is whole."""
         _check_kind(kind)
-        record = self._find(kind, key)
-        return None if record is None else cast(Record, codec.plain(_content(record)))
+        found = self._find(kind, key)
+        return None if found is None else cast(Record, codec.plain(_content(found.record)))
 
     def put(self, kind: Kind, key: str, record: Mapping[str, object]) -> None:
         """Keep a record (see `entry`); one that is there under the same key is replaced.
@@ -114,7 +121,7 @@ class PlanCache:
             problem = _problem(key, copy)
             if problem:
                 raise CacheError(f"cannot keep this in {kind} under {key!r}: {problem}")
-            checked[kind][key] = codec.sealed({**_content(copy), "stored": now})
+            checked[kind][key] = codec.sealed_plain({**_content(copy), "stored": now})
         self._add(checked)
 
     def merge(self, other: PlanCache) -> None:
@@ -195,8 +202,12 @@ class PlanCache:
         return f"PlanCache({counts}, {where}{f', site {self.site!r}' if self.site else ''})"
 
     def to_dict(self) -> dict[str, Plain]:
-        """All whole records, those of the site cache too, as plain data in the form of the file."""
-        return cast("dict[str, Plain]", codec.plain(_to_data(self._whole())))
+        """All whole records, those of the site cache too, as plain data in the form of the file.
+
+        Raises:
+            CacheError: they come from files that hold more than is built in memory at once.
+        """
+        return cast("dict[str, Plain]", codec.plain(_to_data(_all_parsed(self._whole()))))
 
     @classmethod
     def from_dict(cls, data: object) -> PlanCache:
@@ -213,9 +224,9 @@ class PlanCache:
         """Write all records to one file, a path or URL ending in `.json` or `.pkl`, in place of what is there.
 
         Raises:
-            CacheError: the suffix is unknown or the file cannot be written.
+            CacheError: the suffix is unknown, the file cannot be written, or it would be larger than what is read.
         """
-        codec.write(path, self.to_dict())
+        _write(files.place(path), self._whole())
 
     @classmethod
     def load(cls, path: Location) -> PlanCache:
@@ -224,11 +235,9 @@ class PlanCache:
         Raises:
             CacheError: the file cannot be read or trusted, or was written by a newer autoplan.
         """
-        data = codec.read(path)
-        try:
-            return cls.from_dict(data)
-        except CacheError as error:
-            raise CacheError(f"cannot use {path}: {error}") from error
+        cache = cls()
+        cache._records = _read(files.place(path))
+        return cache
 
     def __getstate__(self) -> dict[str, Plain]:
         return self.to_dict()
@@ -239,31 +248,35 @@ class PlanCache:
 
     # -- inside: records as they are in files ------------------------------------------------------------------------
 
-    def _find(self, kind: Kind, key: str) -> Record | None:
+    def _find(self, kind: Kind, key: str) -> _Found | None:
         if self.site is not None and (found := self.site._find(kind, key)) is not None:
             return found
         with self._lock:
             return self._find_own(kind, key)
 
-    def _find_own(self, kind: Kind, key: str) -> Record | None:
-        record = self._records[kind].get(key)
-        if record is None and self._store is not None:
+    def _find_own(self, kind: Kind, key: str) -> _Found | None:
+        held = self._records[kind].get(key)
+        if held is None and self._store is not None:
             return self._store.get(kind, key)
-        return None if _problem(key, record) else cast(Record, record)
+        return _found(key, held)
 
     def _own_keys(self, kind: Kind) -> set[str]:
         return {*self._records[kind], *(self._store.keys(kind) if self._store else ())}
 
     def _whole(self) -> _Records:
-        found = {kind: {key: self._find(kind, key) for key in self.keys(kind)} for kind in KINDS}
-        return {kind: {key: record for key, record in own.items() if record is not None} for kind, own in found.items()}
+        records = _empty()
+        for kind, key in self:
+            if found := self._find(kind, key):
+                records[kind][key] = found.held
+        return records
 
-    def _contents(self) -> dict[tuple[str, str], Record]:
-        return {(kind, key): _content(record) for kind, own in self._whole().items() for key, record in own.items()}
+    def _contents(self) -> dict[tuple[str, str], str]:
+        found = ((kind, key, self._find(kind, key)) for kind, key in self)
+        return {(kind, key): codec.digest_of_plain(_content(its.record)) for kind, key, its in found if its}
 
     def _entries(self) -> list[Entry]:
         found = ((kind, key, self._find_own(kind, key)) for kind in KINDS for key in sorted(self._own_keys(kind)))
-        return [_entry(kind, key, record) for kind, key, record in found if record is not None]
+        return [_entry(kind, key, its.record) for kind, key, its in found if its]
 
     def _add(self, records: _Records) -> None:
         with self._lock:
@@ -293,20 +306,22 @@ class PlanCache:
 
 
 class _File:
-    """All records in one file, held in memory and merged into the file under its lock."""
+    """All records in one file, held in memory and merged into the file under its lock.
+
+    Those of a .json file are held as its text, and parsed when they are asked for.
+    """
 
     def __init__(self, place: files.Place, read_only: bool) -> None:
         self._place, self._read_only = place, read_only
         self._lock = place.lock()
         self._keeps_off = ""  # why the file is one that we must not touch
-        self._records = self._glance() or self._read()  # of those, bytes are yet to be parsed
+        self._records = self._glance() or self._read()
 
     def keys(self, kind: Kind) -> Collection[str]:
         return self._records[kind].keys()
 
-    def get(self, kind: Kind, key: str) -> Record | None:
-        record = self._parsed(kind, key)
-        return None if _problem(key, record) else cast(Record, record)
+    def get(self, kind: Kind, key: str) -> _Found | None:
+        return _found(key, self._records[kind].get(key))
 
     def put(self, records: _Records) -> _Records:
         """Merge these into the file; returns those that it cannot hold."""
@@ -314,37 +329,26 @@ class _File:
             return records
         with self.locked():
             _update(self._records, records)
-            self._write()
+            _write(self._place, self._records)
         return _empty()
 
     def remove(self, kind: Kind, keys: Collection[str]) -> None:
         with self.locked():
             for key in keys:
                 self._records[kind].pop(key, None)
-            self._write()
+            _write(self._place, self._records)
 
     def problems(self) -> dict[str, str]:
         if self._keeps_off:
             return {str(self._place): self._keeps_off}
-        return _problems({kind: {key: self._parsed(kind, key) for key in own} for kind, own in self._records.items()})
-
-    def _parsed(self, kind: str, key: str) -> object:
-        found = self._records[kind].get(key)
-        if isinstance(found, bytes):
-            try:
-                found = codec.loads_json(found)
-            except CacheError:
-                found = None  # no record, and said to be none
-            self._records[kind][key] = found
-        return found
+        return _problems(self._records)
 
     def _glance(self) -> _Records | None:
-        """The records of a large .json file, each to be parsed when it is asked for; None for any other file."""
+        """The records as text, none looked into; None where it takes a parser to find them."""
         try:
-            data = self._place.read(codec.MAX_BYTES) if self._place.suffix == ".json" else b""
+            return _glance(self._place)
         except OSError:
             return None  # whoever reads it next will say why
-        return peek.records_in(data, FORMAT, SCHEMA, KINDS) if len(data) <= codec.MAX_BYTES else None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -356,13 +360,10 @@ class _File:
                 raise CacheError(f"{self._place} is left alone: {self._keeps_off}")
             yield
 
-    def _write(self) -> None:
-        codec.write(self._place, _to_data(self._records))
-
     def _read(self, locked: bool = False) -> _Records:
         """What the file holds. One that cannot be trusted is set aside, one that is not ours to judge is left alone."""
         try:
-            return _from_data(codec.read(self._place))
+            return _read(self._place)
         except CacheError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return _empty()
@@ -400,7 +401,7 @@ class _Folder:
             return []
         return [name[:-5] for name in names if name.endswith(".json") and _KEY.fullmatch(name[:-5])]
 
-    def get(self, kind: Kind, key: str) -> Record | None:
+    def get(self, kind: Kind, key: str) -> _Found | None:
         if not _KEY.fullmatch(key):
             return None
         if self._place.is_shared:
@@ -409,7 +410,8 @@ class _Folder:
             if key not in self._listed[kind]:
                 return None
         try:
-            return self._read(kind, key)
+            record = self._read(kind, key)
+            return None if record is None else _Found(_line(record), record)
         except codec.ForeignError as error:
             _warn_once(f"some records in the plan cache {self._place} are not used: {error}")
             return None
@@ -422,14 +424,18 @@ class _Folder:
                 if records[kind]:
                     (self._place / kind).make_folder()
                 present = set(self.keys(kind)) if len(records[kind]) > 1 else records[kind].keys()
-                for key, record in records[kind].items():
-                    try:
-                        if key in present and self._read(kind, key) == record:
-                            continue
-                    except codec.ForeignError:
-                        refused[kind][key] = record
+                for key, held in records[kind].items():
+                    file, data = self._file(kind, key), _record_file(kind, key, held)
+                    there = _bytes_in(file, len(data)) if key in present else None
+                    if there == data:
                         continue
-                    self._file(kind, key).write(_record_file(kind, key, record), durable=False)
+                    if there is not None:
+                        try:
+                            self._read(kind, key)  # what cannot be trusted is set aside, not written over
+                        except codec.ForeignError:
+                            refused[kind][key] = held
+                            continue
+                    file.write(data, durable=False)
                     self._listed.get(kind, set()).add(key)
         return refused
 
@@ -542,6 +548,32 @@ def _empty() -> _Records:
     return {kind: {} for kind in KINDS}
 
 
+def _parsed(held: object) -> Any:
+    if not isinstance(held, bytes):
+        return held
+    try:
+        return codec.loads_json(held)
+    except CacheError:
+        return None  # no record, and said to be none
+
+
+def _is_laid_out(held: object) -> TypeGuard[bytes]:
+    """Whether this is a record as the text that it is in a .json file; in a folder it is on one line."""
+    return isinstance(held, bytes) and b"\n" in held
+
+
+def _all_parsed(records: _Records) -> _Records:
+    texts = [held for own in records.values() for held in own.values() if _is_laid_out(held)]
+    codec.check_memory(sum(map(codec.json_memory, texts)))  # one small file may hold them all
+    return {kind: {key: _parsed(record) for key, record in own.items()} for kind, own in records.items()}
+
+
+def _found(key: str, held: object) -> _Found | None:
+    """The record that is held, if it is one to trust."""
+    record = _parsed(held)
+    return None if _problem(key, record) else _Found(cast("Record | bytes", held), cast(Record, record))
+
+
 def _update(records: _Records, added: _Records) -> None:
     for kind, found in added.items():
         records[kind].update(found)
@@ -566,6 +598,58 @@ def _from_data(data: Plain) -> _Records:
             raise CacheError(f"{kind} is not a dict")
         records[kind] = found
     return records
+
+
+def _glance(place: files.Place) -> _Records | None:
+    """The records of a file as text, none looked into; None where it takes a parser to find them. Raises OSError."""
+    data = place.read(peek.MAX_BYTES) if place.suffix == ".json" else b""
+    return cast("_Records | None", peek.records_in(data, FORMAT, SCHEMA, KINDS))
+
+
+def _read(place: files.Place) -> _Records:
+    """The records of a file. Raises CacheError where it cannot be read, or not all of it is plain data."""
+    try:
+        records = _glance(place)
+    except OSError as error:
+        raise CacheError(f"cannot read {place}: {error}") from error
+    if records is None:
+        data = codec.read(place)
+        try:
+            return _from_data(data)
+        except CacheError as error:
+            raise type(error)(f"cannot use {place}: {error}") from error
+    for kind, own in records.items():
+        for key, text in own.items():
+            try:
+                codec.loads_json(text)
+            except CacheError as error:
+                raise CacheError(f"cannot read {place}: {kind}/{key}: {error}") from error
+    return records
+
+
+def _write(place: files.Place, records: _Records) -> None:
+    """Put a file of these records in place of what is there. Raises CacheError."""
+    if place.suffix == ".json" and any(records.values()):
+        codec.write_bytes(place, peek.file_of({kind: _texts(records[kind]) for kind in KINDS}, FORMAT, SCHEMA))
+    else:
+        codec.write(place, _to_data(_all_parsed(records)))
+
+
+def _texts(records: dict[str, Any]) -> dict[str, bytes]:
+    return {
+        key: held if _is_laid_out(held) else codec.dumps_part(_parsed(held), peek.DEPTH, len(key) + 4)
+        for key, held in records.items()
+    }
+
+
+def _bytes_in(file: files.Place, most: int) -> bytes | None:
+    """What there is, up to `most` + 1 bytes; none of it where it cannot be had: whoever reads it then says why."""
+    try:
+        return file.read(most)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return b""
 
 
 def _record_in(file: files.Place, kind: Kind, key: str) -> Record:
@@ -594,7 +678,9 @@ def _problem(key: str, record: object) -> str | None:
 
 
 def _problems(records: _Records) -> dict[str, str]:
-    found = {f"{kind}/{key}": _problem(key, record) for kind, own in records.items() for key, record in own.items()}
+    found = {
+        f"{kind}/{key}": _problem(key, _parsed(held)) for kind, own in records.items() for key, held in own.items()
+    }
     return {where: problem for where, problem in found.items() if problem}
 
 
@@ -611,9 +697,16 @@ def _entry(kind: Kind, key: str, record: Record) -> Entry:
     return Entry(kind, key, stored if stored is not None and stored.tzinfo else None, nbytes)
 
 
-def _record_file(kind: Kind, key: str, record: Record) -> bytes:
+def _record_file(kind: Kind, key: str, held: Any) -> bytes:
     """The file of one record in a folder."""
-    return codec.dumps_line(_to_data({kind: {key: record}}))
+    before, after = codec.dumps_line(_to_data({kind: {key: None}})).split(b"null")
+    text = held if isinstance(held, bytes) and not _is_laid_out(held) else _line(_parsed(held))
+    return before + text + after
+
+
+def _line(record: Any) -> bytes:
+    """A record as the text that it is in a folder."""
+    return codec.dumps_line(record).rstrip()
 
 
 def _check_kind(kind: str) -> None:

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autoplan import Plan, PlanCache
-from autoplan.cache import codec, store
+from autoplan.cache import codec, peek, store
 from autoplan.cache.store import KINDS
 from autoplan.errors import CacheError
 
@@ -324,6 +324,36 @@ def test_a_lie_is_refused_or_a_miss(name: str, suffix: str, tmp_path: Path) -> N
             assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
         finally:
             tracemalloc.stop()
+
+
+LARGE = {  # 30 MiB each, twice, in the layout of a large file
+    "one text": b'"' + b"x" * (30 << 20) + b'"',
+    "numbers": b"[" + b"0," * (15 << 20) + b"0]",
+    "empty lists": b"[" + b"[]," * (10 << 20) + b"0]",
+    "an open list": b"[" * (30 << 20),
+    "lines": b'\n      "' * (30 << 17),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_file_that_lies_claims_no_more_memory_than_others(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "cache.json"
+    marks = {"timings": {"0" * 64: b"?", "1" * 64: b"?"}, "sensitivities": {}, "plans": {}}
+    path.write_bytes(peek.file_of(marks, store.FORMAT, 1).replace(b"?", LARGE[name]))
+    assert codec.MAX_BYTES < path.stat().st_size < peek.MAX_BYTES
+    tracemalloc.start()
+    try:
+        with suppress(CacheError):
+            check(PlanCache.load(path))
+        for read_only in (True, False):
+            cache = PlanCache(path, read_only=read_only)
+            check(cache)
+            cache.put("timings", KEY, CACHE["records"]["timings"][KEY])
+            assert cache.get("timings", KEY)
+            del cache
+        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

@@ -163,13 +163,13 @@ def test_a_bound_cache_writes_at_once_and_merges(tmp_path: Path, suffix: str) ->
 
 def test_put_many_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writes: list[Any] = []
-    write = codec.write
+    write = files.Local.write
 
-    def count(path: Any, data: object) -> None:
-        writes.append(path)
-        write(path, data)
+    def count(place: files.Local, data: bytes) -> None:
+        writes.append(place)
+        write(place, data)
 
-    monkeypatch.setattr(codec, "write", count)
+    monkeypatch.setattr(files.Local, "write", count)
     cache = PlanCache(tmp_path / "cache.json")
     cache.put_many("timings", dict(_timing(rows) for rows in range(50)))
     assert len(writes) == 1
