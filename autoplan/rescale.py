@@ -6,7 +6,7 @@ or cancel each other, very few bits), a factor per candidate is fitted to a hand
 is not enough either, plans are found by measuring alone: the worst contributors go, and what can come back does.
 
 With a time budget the most accurate plan is wanted, and predicted harms are only near: plans that may well be
-the best are measured, 16 at most, each teaching which to try next (see `posterior`).
+the best are measured, 32 at most, each teaching which to try next (see `posterior`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ADDITIVE = 1.5  # measured / predicted beyond this, either way: harms do not ad
 _PLANS_AROUND = 6  # that factors per candidate are fitted to, beside those measured already
 _PRIOR = 0.2  # weight of "all factors are alike" in that fit, against 1 for a measured plan
 _MOST_UNLIKE = 10.0  # how far one candidate's factor may be from the whole's: few plans tell little of a rare one
-_PLANS_IN_TIME = 16  # measured inside a time budget
+_PLANS_IN_TIME = 32  # measured inside a time budget
 _COMEBACKS = 10  # measurements spent on switching again what was put back
 
 

@@ -12,6 +12,7 @@ calibration saw, in pairs of the same tokens. Peers are optional, see requiremen
 or fails, is a row that says why. AutoRound plans for its own quantizers, and has no fp8 among them.
 
 Also: how well do scores predict the KL of random plans, and how long does scoring take (in turns)?
+The two models are judged side by side, on a thread each.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,7 @@ from autoplan.solve import solve
 TOKENS = 128  # per sequence
 BUDGETS = (3.25, 3.5, 4.0, 4.5, 5.0, 6.0, 7.0, 8.0, 10.0)  # effective bits per weight
 GROUP = re.compile(r"(.*)\.(?:[qkv]_proj|gate_proj|up_proj)$")  # ModelOpt's grouping rules, as far as they apply
-MEASURED_PLANS = 16  # per budget, as many as the planner itself measures
+MEASURED_PLANS = 32  # per budget, as many as the planner itself measures
 TIE = 1e-3  # plans whose KL differs by less than this part are equal
 
 
@@ -345,6 +348,33 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
+@dataclass(frozen=True)
+class Job:
+    """Everything that is to be found out about one model."""
+
+    model_name: str
+    model: nn.Module
+    calibration: Tensor
+    held_out: Tensor
+    budgets: Sequence[float]
+    random_plans: int
+    turns: int
+    seed: int
+
+    def run(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The rows about planners, and those about predictions."""
+        arena = Arena(self.model, self.calibration, self.held_out, self.seed)
+        found = compared(arena, self.budgets), predictions(arena, self.random_plans, self.turns)
+        plans, quality = ([{"model": self.model_name} | row for row in rows] for rows in found)
+        return plans, quality
+
+
+def get_ready(threads: int) -> None:
+    torch.set_num_threads(threads)
+    for name, format in FORMATS.items():
+        register_candidate(FakeQuantized(name, format))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a toy of a model, few budgets")
@@ -353,31 +383,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for the CSV files (default: benchmarks/results/<device>)")
     arguments = parser.parse_args(argv)
     size, budgets = (QUICK, BUDGETS[1::3]) if arguments.quick else (FULL, BUDGETS)
-    began = time.monotonic()
+    began, seed = time.monotonic(), arguments.seed
     environment = fingerprint.environment("cpu", fingerprint.source_digest(kernels))
-    peers = versions("transformers", "nvidia-modelopt", "auto-round")
-    about = measured_on(environment, seed=arguments.seed, **peers)
+    about = measured_on(environment, seed=seed, **versions("transformers", "nvidia-modelopt", "auto-round"))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    for name, format in FORMATS.items():
-        register_candidate(FakeQuantized(name, format))
     train, unseen = corpus()
-    model = trained(size, train, arguments.seed)
-    calibration = sequences(train, size.calibration, arguments.seed + 1)
-    held_out = sequences(unseen, size.held_out, arguments.seed + 2)
+    model = trained(size, train, seed)
+    calibration = sequences(train, size.calibration, seed + 1)
+    held_out = sequences(unseen, size.held_out, seed + 2)
     loss = next_token_loss(model(input_ids=held_out).logits, held_out)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{count:,} parameters, {loss:.3f} nats per held-out byte; {time.monotonic() - began:.0f} s of training")
-    plans: list[dict[str, Any]] = []
-    quality: list[dict[str, Any]] = []
-    for name, judged in {"plain": model, "outliers": with_outliers(model, arguments.seed)}.items():
-        arena = Arena(judged, calibration, held_out, arguments.seed)
-        for table, rows in (
-            (plans, compared(arena, budgets)),
-            (quality, predictions(arena, size.plans, arguments.turns)),
-        ):
-            table += [{"model": name} | row for row in rows]
-            print(f"\n{tabulate(table[-len(rows) :], headers='keys', floatfmt='.4g')}", flush=True)
-    print(f"\n{tabulate(summary(plans), headers='keys', floatfmt='.4g')}")
+    jobs = [
+        Job(name, judged, calibration, held_out, budgets, size.plans, arguments.turns, seed)
+        for name, judged in {"plain": model, "outliers": with_outliers(model, seed)}.items()
+    ]
+    if arguments.quick:
+        get_ready(torch.get_num_threads())
+        results = [job.run() for job in jobs]
+    else:  # products as small as these gain little from a second thread: a model for each
+        about["threads"] = 1
+        with ProcessPoolExecutor(len(jobs), get_context("spawn"), get_ready, (1,)) as pool:
+            results = list(pool.map(Job.run, jobs))
+    plans, quality = ([row for result in results for row in result[table]] for table in (0, 1))
+    for rows in (plans, quality, summary(plans)):
+        print(f"\n{tabulate(rows, headers='keys', floatfmt='.4g')}")
     out = arguments.out or folder_of(environment)
     write_csv(out / "planners.csv", plans, about)
     write_csv(out / "planners_prediction.csv", quality, about)

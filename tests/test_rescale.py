@@ -229,7 +229,7 @@ def test_in_a_time_budget_plans_are_measured_to_find_the_most_accurate(seed: int
     found = within_budget(told, Budget(time=0.5), model)
     most = 0.5 * sum(layer.baseline_us for layer in told) * (1 + 1e-9)
     plans = [choosing(told, names) for names in dict.fromkeys(model.plans)]
-    assert len(plans) <= 16  # fewer where draw after draw leads to the same ones
+    assert len(plans) <= 32  # fewer where draw after draw leads to the same ones
     assert all(total_us(plan) <= most for plan in plans)
     assert true(found.layers) == min(map(true, plans))
     assert found.kappa * total_harm(found.layers) == pytest.approx(1.1 * true(found.layers))
