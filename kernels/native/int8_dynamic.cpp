@@ -58,8 +58,7 @@ void run(const void* x, const char* weight, const int32_t* start, Epilogue e, in
       for (int64_t r = from; r < to; r++)
         quantize<DTYPE>(x, r, in_features, own + (r - origin) / 16 * steps * TILE + r % 16 * 64, row_scale + r);
     };
-    alignas(64) int32_t product[BLOCK_ROWS * STRIP];
-    product_begin();
+    Products<Int8, DTYPE> products(e, rows);
     if (!by_rows) {
       quantize_rows(rows * thread / team, rows * (thread + 1) / team, 0);
 #pragma omp barrier
@@ -67,15 +66,14 @@ void run(const void* x, const char* weight, const int32_t* start, Epilogue e, in
     for (int64_t b = first; b < end; b += group) {
       const int64_t last = b + group < end ? b + group : end, origin = by_rows ? b : 0;
       if (by_rows) quantize_rows(b * BLOCK_ROWS, last * BLOCK_ROWS < rows ? last * BLOCK_ROWS : rows, b * BLOCK_ROWS);
-      for (int64_t s = left; s < right; s++)
+      for (int64_t s = left; s < right; s++) {
+        products.channels(s * STRIP);
         for (int64_t i = b; i < last; i++) {
           const int64_t row = i * BLOCK_ROWS, count = rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS;
-          expect<DTYPE>(row, count, s * STRIP, e);
-          multiply<Int8>(own + (i - origin) * block_bytes, count, weight + s * block_bytes, steps, start + s * STRIP, product);
-          finish<Int8, DTYPE>(product, row, count, s * STRIP, e);
+          products.add(own + (i - origin) * block_bytes, row, count, weight + s * block_bytes, steps, start + s * STRIP);
         }
+      }
     }
-    product_end();
   }
 }
 

@@ -67,9 +67,9 @@ static inline void product_end() { _tile_release(); }
   else                         \
     _tile_dpbf16ps(sum, a, b)
 
-// out [32, 32] = block x strip; PANELS = 1 for the last rows. `start` is for VNNI only.
-template <class Kind, int PANELS>
-static inline void multiply(const char* block, const char* strip, int64_t steps, const int32_t*, int32_t* out) {
+// out [32, 32] = block x strip; PANELS = 1 for the last rows. `meanwhile` is called at each step.
+template <class Kind, int PANELS, class Meanwhile>
+static inline void multiply(const char* block, const char* strip, int64_t steps, int32_t* out, Meanwhile meanwhile) {
   const char *lower = block + steps * TILE, *right = strip + steps * TILE;
   _tile_zero(0);
   _tile_zero(1);
@@ -93,6 +93,7 @@ static inline void multiply(const char* block, const char* strip, int64_t steps,
       DOT(2, 5, 6);
       DOT(3, 5, 7);
     }
+    meanwhile();
   }
   _tile_stored(0, out, 128);
   _tile_stored(1, out + 16, 128);
@@ -102,13 +103,14 @@ static inline void multiply(const char* block, const char* strip, int64_t steps,
   }
 }
 
-template <class Kind>
-static inline void multiply(const char* block, int64_t rows, const char* strip, int64_t steps, const int32_t* start,
-                            int32_t* out) {
+// `start` is for VNNI only.
+template <class Kind, class Meanwhile>
+static inline void multiply(const char* block, int64_t rows, const char* strip, int64_t steps, const int32_t*,
+                            int32_t* out, Meanwhile meanwhile) {
   if (rows > 16)
-    multiply<Kind, 2>(block, strip, steps, start, out);
+    multiply<Kind, 2>(block, strip, steps, out, meanwhile);
   else
-    multiply<Kind, 1>(block, strip, steps, start, out);
+    multiply<Kind, 1>(block, strip, steps, out, meanwhile);
 }
 
 #else  // AVX-512
@@ -141,10 +143,10 @@ static inline void multiply_rows(const char* panel, const char* strip, int64_t s
   }
 }
 
-// out [32, 32] = start + block x strip, for the first `rows` rows.
-template <class Kind>
+// out [32, 32] = start + block x strip, for the first `rows` rows; there is no `meanwhile`: the vector units are busy.
+template <class Kind, class Meanwhile>
 static inline void multiply(const char* block, int64_t rows, const char* strip, int64_t steps, const int32_t* start,
-                            int32_t* out) {
+                            int32_t* out, Meanwhile) {
   for (int64_t r = 0; r < rows;) {
     const char* panel = block + r / 16 * steps * TILE + r % 16 * 64;
     if (rows - r >= 8) {
@@ -162,7 +164,7 @@ static inline void multiply(const char* block, int64_t rows, const char* strip, 
 
 #endif
 
-// What becomes of a product: y = product * row_scale * scale * unit + bias, in the dtype of y.
+// What becomes of products: y = product * row_scale * scale * unit + bias, in the dtype of y.
 struct Epilogue {
   const float* row_scale;  // [rows], or null for 1
   const float* scale;      // [out_features], or null for 1
@@ -173,27 +175,92 @@ struct Epilogue {
   float unit;  // another factor of scale
 };
 
+constexpr int64_t STREAMED = 512 << 10;  // bytes of output that leave nothing else in the second-level cache
+
+// The products of one thread. Each is scaled and stored while the next one is multiplied: tiles and vectors are
+// different units of a core. Large outputs go around the caches, where their lines would be read before being written:
+// that pays even if they are read again at once.
 template <class Kind, int DTYPE>
-static inline void finish(const int32_t* product, int64_t row, int64_t rows, int64_t channel, const Epilogue& e) {
-  for (int64_t half = 0; half < STRIP; half += 16) {
-    const int64_t n = channel + half;
-    if (n >= e.out_features) break;
-    const __mmask16 mask = lanes(e.out_features - n);
-    const __m512 unit = _mm512_set1_ps(e.unit);
-    const __m512 scale = e.scale ? _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, e.scale + n), unit) : unit;
-    const __m512 bias = e.bias ? load(e.bias_dtype, e.bias, n, mask) : _mm512_setzero_ps();
-    for (int64_t r = 0; r < rows; r++) {
-      const __m512i raw = _mm512_load_si512(product + 32 * r + half);
-      __m512 value = Kind::integer ? _mm512_cvtepi32_ps(raw) : _mm512_castsi512_ps(raw);
-      if (e.row_scale) value = _mm512_mul_ps(value, _mm512_set1_ps(e.row_scale[row + r]));
-      store<DTYPE>(e.y, (row + r) * e.out_features + n, mask, _mm512_fmadd_ps(value, scale, bias));
+class Products {
+ public:
+  Products(const Epilogue& e, int64_t rows)
+      : e_(e),
+        line_(e.out_features * bytes_of(DTYPE)),
+        streams_(rows * line_ >= STREAMED && e.out_features % STRIP == 0 && (uintptr_t)e.y % 64 == 0) {
+    product_begin();
+  }
+
+  ~Products() {
+    finish(left_);
+    product_end();
+    if (streams_) _mm_sfence();
+  }
+
+  // From here on products are for the 32 output channels from `first`.
+  void channels(int64_t first) {
+    next_ = next_ == columns_ ? columns_ + 1 : columns_;  // the last product may not be finished yet
+    next_->first = first;
+    const __m512 unit = _mm512_set1_ps(e_.unit);
+    for (int64_t half = 0; half < 2; half++) {
+      const int64_t n = first + 16 * half;
+      const __mmask16 mask = n < e_.out_features ? lanes(e_.out_features - n) : 0;
+      next_->mask[half] = mask;
+      next_->scale[half] = e_.scale ? _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, e_.scale + n), unit) : unit;
+      next_->bias[half] = e_.bias ? load(e_.bias_dtype, e_.bias, n, mask) : _mm512_setzero_ps();
     }
   }
-}
 
-// The lines that a product will be written to are fetched while it is being computed.
-template <int DTYPE>
-static inline void expect(int64_t row, int64_t rows, int64_t channel, const Epilogue& e) {
-  for (int64_t r = 0; r < rows; r++)
-    __builtin_prefetch((const char*)e.y + ((row + r) * e.out_features + channel) * bytes_of(DTYPE), 1, 3);
-}
+  void add(const char* block, int64_t row, int64_t rows, const char* strip, int64_t steps, const int32_t* start) {
+    char* const y = (char*)e_.y + row * line_ + next_->first * bytes_of(DTYPE);
+    if (!streams_)  // the lines that this will be written to
+      for (int64_t r = 0; r < rows; r++) __builtin_prefetch(y + r * line_, 1, 3);
+    const int64_t piece = ceil_div(left_, steps);
+    multiply<Kind>(block, rows, strip, steps, start, product_[turn_], [&] { finish(piece); });
+    finish(left_);
+    last_ = product_[turn_], turn_ = 1 - turn_;
+    own_ = next_, y_ = y, left_ = rows;
+    row_scale_ = e_.row_scale ? e_.row_scale + row : nullptr;
+  }
+
+ private:
+  struct Columns {
+    __m512 scale[2], bias[2];
+    int64_t first;
+    __mmask16 mask[2];
+  };
+
+  // The next rows of the last product, so many if there are.
+  inline __attribute__((always_inline)) void finish(int64_t rows) {
+    if (rows > left_) rows = left_;
+    left_ -= rows;
+    for (; rows > 0; rows--, last_ += STRIP, y_ += line_) {
+      const __m512 row_scale = row_scale_ ? _mm512_set1_ps(*row_scale_++) : _mm512_set1_ps(1);
+      const __m512 left = scaled(0, row_scale), right = scaled(1, row_scale);
+      if (!streams_) {
+        store<DTYPE>(y_, 0, own_->mask[0], left);
+        store<DTYPE>(y_, 16, own_->mask[1], right);
+      } else {
+        stream<DTYPE>(y_, left, right);
+      }
+    }
+  }
+
+  __m512 scaled(int half, __m512 row_scale) const {
+    const __m512i raw = _mm512_load_si512(last_ + 16 * half);
+    const __m512 value = _mm512_mul_ps(Kind::integer ? _mm512_cvtepi32_ps(raw) : _mm512_castsi512_ps(raw), row_scale);
+    return _mm512_fmadd_ps(value, own_->scale[half], own_->bias[half]);
+  }
+
+  const Epilogue e_;
+  const int64_t line_;  // bytes of a row of y
+  const bool streams_;
+  Columns columns_[2], *next_ = columns_;
+  alignas(64) int32_t product_[2][BLOCK_ROWS * STRIP];
+  int turn_ = 0;
+  // What is not finished of the last product:
+  const int32_t* last_ = nullptr;
+  const Columns* own_ = columns_;
+  const float* row_scale_ = nullptr;
+  char* y_ = nullptr;
+  int64_t left_ = 0;  // rows
+};

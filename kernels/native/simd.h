@@ -54,12 +54,28 @@ static inline __m256i narrow_bf16(__m512 value) {
 }
 
 template <int DTYPE>
+static inline __m256i narrow(__m512 value) {
+  return DTYPE == BFLOAT16 ? narrow_bf16(value) : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+}
+
+template <int DTYPE>
 static inline void store(void* to, int64_t at, __mmask16 mask, __m512 value) {
   if (DTYPE == FLOAT32)
     _mm512_mask_storeu_ps((float*)to + at, mask, value);
   else
-    _mm256_mask_storeu_epi16((uint16_t*)to + at, mask,
-                             DTYPE == BFLOAT16 ? narrow_bf16(value) : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_mask_storeu_epi16((uint16_t*)to + at, mask, narrow<DTYPE>(value));
+}
+
+// 32 elements past the caches, to a multiple of 64 bytes.
+template <int DTYPE>
+static inline void stream(void* to, __m512 left, __m512 right) {
+  if (DTYPE == FLOAT32) {
+    _mm512_stream_ps((float*)to, left);
+    _mm512_stream_ps((float*)to + 16, right);
+  } else {
+    const __m512i first = _mm512_castsi256_si512(narrow<DTYPE>(left));
+    _mm512_stream_si512((__m512i*)to, _mm512_inserti64x4(first, narrow<DTYPE>(right), 1));
+  }
 }
 
 // The largest magnitude of `count` elements. Without their sign bit, floats compare as integers do.

@@ -148,8 +148,7 @@ void run_many(const void* x, const Weight& w, const Epilogue& e, int64_t rows, i
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
     char* const strip = panels + (held + thread) * block_bytes;
-    alignas(64) int32_t product[BLOCK_ROWS * STRIP];
-    product_begin();
+    Products<BFloat16, DTYPE> products(e, rows);
     for (int64_t b = 0; b < blocks; b += group) {
       const int64_t last = b + group < blocks ? b + group : blocks, origin = b * BLOCK_ROWS;
 #pragma omp for schedule(static)
@@ -165,16 +164,14 @@ void run_many(const void* x, const Weight& w, const Epilogue& e, int64_t rows, i
       for (int64_t s = strips * thread / team; s < strips * (thread + 1) / team; s++) {
         dequantize<Kind>(w, s * STRIP, strip);
         dequantize<Kind>(w, s * STRIP + 16, strip + steps * TILE);
+        products.channels(s * STRIP);
         for (int64_t i = b; i < last; i++) {
           const int64_t row = i * BLOCK_ROWS, count = rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS;
-          expect<DTYPE>(row, count, s * STRIP, e);
-          multiply<BFloat16>(panels + (i - b) * block_bytes, count, strip, steps, nullptr, product);
-          finish<BFloat16, DTYPE>(product, row, count, s * STRIP, e);
+          products.add(panels + (i - b) * block_bytes, row, count, strip, steps, nullptr);
         }
       }
 #pragma omp barrier
     }
-    product_end();
   }
 }
 

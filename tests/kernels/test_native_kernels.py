@@ -78,6 +78,19 @@ def test_many_rows_and_wide_layers() -> None:
 
 
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("out_features", [352, 350])  # full cache lines, and lines that two rows share
+def test_outputs_larger_than_a_cache_have_the_same_values(name: str, dtype: torch.dtype, out_features: int) -> None:
+    kernel, stored = find_kernel(name), canonical(name, out_features, 192)
+    packed, bias, x = kernel.layout.pack(stored), torch.randn(out_features), torch.randn(960, 192).to(dtype)
+    y = kernel.run(x, packed, bias, dtype)
+    assert y.nbytes > 512 * 1024
+    parts = [kernel.run(part.contiguous(), packed, bias, dtype) for part in x.split(128)]
+    assert torch.equal(y, torch.cat(parts))
+
+
+@pytest.mark.usefixtures("compiled")
 def test_int8_products_are_exact() -> None:
     """Rows of codes with a largest code of 127 are quantized without error, so only float32 rounding is left."""
     kernel = find_kernel("fused_int8")
