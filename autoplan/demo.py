@@ -216,7 +216,8 @@ def run(
     say(f"measuring the speed and fidelity of {len(models)} models, most of which compile first ...\n")
     reference = _embed(models["float32 eager"], judged)
     embeddings = {name: _embed(model, judged) for name, model in models.items() if name != "float32 eager"}
-    speed = _speed(models, judged[0], batch)
+    raced = _raced(models, ["float32 eager", *(f"{dtype} planned" for dtype in dtypes)], judged[0])
+    speed = _speed(raced["float32 eager"], batch)
     figures = {
         "batch": batch,
         "tokens": TOKENS,
@@ -232,7 +233,7 @@ def run(
         own["relative_error"] = fidelity(float_model, embeddings[name]).relative_error
         limit = own["plan"]["budget"]["divergence"]
         own["within_budget"] = limit is None or own["relative_error"] <= limit
-        own["versus"] = _versus(name, models, judged[0])
+        own["versus"] = _versus(raced[name])
     say(summary(figures))
     return figures
 
@@ -264,9 +265,21 @@ def _plan(
     return model, figures
 
 
-def _speed(models: Mapping[str, nn.Module], batch: Batch, size: int) -> dict[str, dict[str, float]]:
-    """Each model against float32 eager, paired and interleaved."""
-    timings = _compare(models, "float32 eager", batch)
+def _raced(
+    models: Mapping[str, nn.Module], baselines: Sequence[str], batch: Batch
+) -> dict[str, dict[str, timing.Timing]]:
+    """Each model's time over that of each baseline, paired and interleaved, by baseline and model."""
+
+    def call(model: nn.Module) -> Callable[[], object]:
+        return lambda: model(**batch)
+
+    calls = {name: call(model) for name, model in models.items()}
+    with torch.no_grad():
+        return timing.compare_with_each(calls, baselines=baselines, min_rounds=_MIN_ROUNDS, max_rounds=_MAX_ROUNDS)
+
+
+def _speed(timings: Mapping[str, timing.Timing], size: int) -> dict[str, dict[str, float]]:
+    """Each model against the baseline."""
     speed = {}
     for name, own in timings.items():
         us = own.baseline_us * own.ratio
@@ -275,24 +288,13 @@ def _speed(models: Mapping[str, nn.Module], batch: Batch, size: int) -> dict[str
     return speed
 
 
-def _versus(name: str, models: Mapping[str, nn.Module], batch: Batch) -> dict[str, dict[str, float]]:
-    """The planned model `name` against what `torch.compile` alone makes: how many times as fast it is, paired."""
-    rivals = {other: model for other, model in models.items() if other == name or other.endswith("torch.compile")}
-    timings = _compare(rivals, name, batch)
+def _versus(timings: Mapping[str, timing.Timing]) -> dict[str, dict[str, float]]:
+    """The baseline, a planned model, against what `torch.compile` alone makes: how many times as fast it is."""
     return {
         other: _plain(Estimate(own.ratio, own.ratio_low, own.ratio_high))
         for other, own in timings.items()
-        if other != name
+        if other.endswith("torch.compile")
     }
-
-
-def _compare(models: Mapping[str, nn.Module], baseline: str, batch: Batch) -> dict[str, timing.Timing]:
-    def call(model: nn.Module) -> Callable[[], object]:
-        return lambda: model(**batch)
-
-    calls = {name: call(model) for name, model in models.items()}
-    with torch.no_grad():
-        return timing.compare(calls, baseline=baseline, min_rounds=_MIN_ROUNDS, max_rounds=_MAX_ROUNDS)
 
 
 def _plain(estimate: Estimate) -> dict[str, float]:

@@ -159,15 +159,38 @@ def compare(
 
     Raises: ValueError for calls that cannot be compared; KernelError when the baseline itself fails.
     """
+    return compare_with_each(
+        calls, baselines=(baseline,), precision=precision, min_rounds=min_rounds, max_rounds=max_rounds,
+        max_seconds=max_seconds, min_batch_us=min_batch_us, seed=seed, clock=clock,
+    )[baseline]  # fmt: skip
+
+
+def compare_with_each(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    baselines: Sequence[str],
+    precision: float = 0.01,
+    min_rounds: int = 8,
+    max_rounds: int = 40,
+    max_seconds: float | None = None,
+    min_batch_us: float = BATCH_US["cpu"],
+    seed: int = 0,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> dict[str, dict[str, Timing]]:
+    """As `compare`, with the same rounds read against each of several baselines: {baseline: {name: Timing}}.
+
+    The first baseline decides when to stop, and is the one that may not fail; intervals are joint for one baseline.
+    """
     _check_limits(precision, min_rounds, max_rounds, max_seconds)
-    bench = _Bench([Arm(name, name, (call,)) for name, call in calls.items()], baseline, min_batch_us, seed, clock)
+    first = baselines[0]
+    bench = _Bench([Arm(name, name, (call,)) for name, call in calls.items()], first, min_batch_us, seed, clock)
     while True:
         bench.run_round()
         limit = bench.limit(max_rounds, max_seconds)
         if limit or bench.rounds >= min_rounds:
-            undecided = [n for n in bench.running if bench.interval(n, baseline, _ALPHA).half_width > precision]
+            undecided = [n for n in bench.running if bench.interval(n, first, _ALPHA).half_width > precision]
             if limit or not undecided:
-                return bench.timings(undecided, limit)
+                return {name: bench.timings(undecided, limit, name) for name in baselines}
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,18 +300,22 @@ class _Bench:
             return f"when time ran out, after {self.rounds} rounds"
         return ""
 
-    def timings(self, undecided: Sequence[str], limit: str) -> dict[str, Timing]:
+    def timings(self, undecided: Sequence[str], limit: str, baseline: str | None = None) -> dict[str, Timing]:
+        """Against the baseline of the race, or another arm that ran in every round."""
         self._notes.update(dict.fromkeys(undecided, f"undecided {limit}"))
-        return {name: self._timing(arm) for name, arm in self.arms.items()}
+        return {name: self._timing(arm, baseline or self.baseline.name) for name, arm in self.arms.items()}
 
-    def _timing(self, arm: Arm) -> Timing:
-        baseline_us = math.exp(float(np.median(self._log_ns[self.baseline.name]))) / 1000 / self.calls_per_batch
+    def _timing(self, arm: Arm, baseline: str) -> Timing:
+        if baseline in self._failed:
+            note = f"{baseline} {self._notes[baseline]}"
+            return Timing(arm.name, arm.group, math.nan, math.inf, 0.0, math.inf, 0, note)
+        baseline_us = math.exp(float(np.median(self._log_ns[baseline]))) / 1000 / self.calls_per_batch
         if arm.name in self._failed:
             ratio = low = high = math.inf
-        elif arm is self.baseline:
+        elif arm.name == baseline:
             ratio = low = high = 1.0
         else:
-            found = self.interval(arm.name, self.baseline.name, _ALPHA)
+            found = self.interval(arm.name, baseline, _ALPHA)
             ratio, low, high = math.exp(found.median), math.exp(found.low), math.exp(found.high)
         rounds = len(self._log_ns[arm.name])
         return Timing(arm.name, arm.group, baseline_us, ratio, low, high, rounds, self._notes[arm.name])

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ SAMPLE_US = 20_000.0  # what one turn lasts at least: other libraries' threads g
 MIN_ROUNDS = 20  # so that joint intervals for all that race do not end at the worst rounds of a shared machine
 
 Row = dict[str, Any]
+Timings = Mapping[str, timing.Timing]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workloads", nargs="+", choices=TABLES, default=TABLES, metavar="NAME", help=", ".join(TABLES)
     )
-    parser.add_argument("--peers", nargs="+", metavar="GLOB", help="instead of those that matter most")
+    parser.add_argument("--peers", nargs="+", metavar="GLOB", help="instead of those that matter most for a table")
     parser.add_argument("--full", action="store_true", help="every peer and every layer")
     parser.add_argument("--quick", action="store_true", help="toys, not compiled: that it works, and nothing else")
     parser.add_argument("--seconds", type=float, help="of one race (default: 12, full 30, quick 0.5)")
@@ -186,7 +187,7 @@ class Match:
             return True
         if self.arguments.peers:
             return any(fnmatch.fnmatchcase(peer.name, pattern) for pattern in self.arguments.peers)
-        return peer.matters or self.arguments.full
+        return self.arguments.full or self.work.table in peer.matters
 
     def set_up(self, peer: Peer) -> bool:
         """Make it and call it until it is warm; a peer that fails leaves a row with the reason."""
@@ -222,8 +223,7 @@ class Match:
         quick = [n for n in (*held, *rivals) if self.warm_ms[n, scenario.name] < TOO_SLOW * baseline_ms]
         done = {row["peer"] for row in self.rows() if row["scenario"] == scenario.name}
         self.trying(None)
-        to_float = self.compare(scenario, quick, BASELINE)
-        to_ours = self.compare(scenario, [n for n in quick if n != BASELINE], OURS) if OURS in quick else {}
+        to_float, to_ours = self.compare(scenario, quick)
         for name in report:
             if name in done:
                 continue
@@ -249,15 +249,17 @@ class Match:
             row |= {"divergence": next(iter(accuracy.values())), **accuracy}
             note(self.arguments.journal, row=row)
 
-    def compare(self, scenario: Scenario, names: Sequence[str], baseline: str) -> dict[str, timing.Timing]:
-        """The race of `names`, which may last longer than asked for where an interval takes longer."""
+    def compare(self, scenario: Scenario, names: Sequence[str]) -> tuple[Timings, Timings]:
+        """The race of `names`, read against the baseline and against ours; it lasts as long as an interval takes."""
         calls = {name: bound(self.made[name], scenario.name, scenario.judged[0]) for name in names}
         ms = {name: self.warm_ms[name, scenario.name] for name in names}
-        a_round = sum(ms.values()) * math.ceil(SAMPLE_US / 1e3 / ms[baseline]) / 1e3
-        seconds = max(self.arguments.seconds, 1.5 * (MIN_ROUNDS + 2) * a_round)
-        return timing.compare(
-            calls, baseline=baseline, min_rounds=MIN_ROUNDS, max_seconds=seconds, min_batch_us=SAMPLE_US
+        a_round = sum(ms.values()) * math.ceil(SAMPLE_US / 1e3 / ms[BASELINE]) / 1e3
+        seconds = max(self.arguments.seconds, 1.2 * (MIN_ROUNDS + 2) * a_round)
+        baselines = [name for name in (BASELINE, OURS) if name in names]
+        found = timing.compare_with_each(
+            calls, baselines=baselines, min_rounds=MIN_ROUNDS, max_seconds=seconds, min_batch_us=SAMPLE_US
         )
+        return found[BASELINE], found.get(OURS, {})
 
     def row(self, scenario: Scenario, name: str) -> Row:
         made = self.made[name]

@@ -12,7 +12,7 @@ import pytest
 
 from autoplan import timing
 from autoplan.errors import KernelError
-from autoplan.timing import Arm, Timing, compare, race, switch
+from autoplan.timing import Arm, Timing, compare, compare_with_each, race, switch
 
 SEEDS = range(300)
 
@@ -338,6 +338,23 @@ def test_compare_times_every_callable_in_every_round() -> None:
     for name, true in {"float": 1.8, "uniform": 1.1}.items():
         assert 1 < result[name].ratio_low < true < result[name].ratio_high
         assert result[name].group == name
+
+
+def test_the_same_rounds_are_read_against_each_baseline() -> None:
+    machine = Machine(jitter=0.01)
+    true = {"float": 90_000, "planned": 50_000, "broken": 50_000}
+    calls = {name: machine.call(name, us) for name, us in true.items()}
+    calls["broken"] = lambda: 1 / 0
+    found = compare_with_each(calls, baselines=("float", "planned", "broken"), clock=machine.clock)
+    assert found["float"]["planned"].ratio == pytest.approx(1 / found["planned"]["float"].ratio)
+    for baseline, other in (("float", "planned"), ("planned", "float")):
+        timed = found[baseline][other]
+        assert timed.ratio_low < true[other] / true[baseline] < timed.ratio_high
+        assert found[baseline][baseline].ratio == 1
+        assert found[baseline]["broken"].ratio == math.inf
+    assert found["planned"]["float"].baseline_us < 0.7 * found["float"]["planned"].baseline_us
+    assert found["broken"]["float"].ratio_high == math.inf
+    assert "ZeroDivisionError" in found["broken"]["float"].note
 
 
 def test_compare_stops_once_precise_and_at_its_limits() -> None:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import importlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from autoplan import PlanCache, apply_plan, make_plan, record
-from workbench.workloads import Input, Scenario, Workload
+from workbench.workloads import TABLES, Input, Scenario, Workload
 
 BASELINE = "float32 eager"
 OURS = "autoplan balanced"  # that peers are also compared with, pair by pair
@@ -43,7 +43,7 @@ Make = Callable[[Workload], Made]
 class Peer:
     name: str
     make: Make
-    matters: bool = False  # whether it takes part where there is little time
+    matters: Collection[str] = ()  # the tables that it takes part in where there is little time
 
 
 # --- modules ---
@@ -323,38 +323,41 @@ def autoplan(budget: str, dtype: torch.dtype | None = None) -> Make:
 
 
 F32, BF16 = torch.float32, torch.bfloat16
+INT8_DYNAMIC = "Int8DynamicActivationInt8WeightConfig"
 INT4 = "torchao.prototype.quantization.int4"
 FLOAT8_DYNAMIC = "Float8DynamicActivationFloat8WeightOpaqueTensorConfig"
 FLOAT8 = "torchao.prototype.float8_opaque_tensor"
 
+ENCODERS, DECODERS = ("minilm-32x64", "minilm-1x16", "vit"), ("language-model", "decoder")
+
 PEERS = (
-    Peer(BASELINE, plain(F32, compiled=False), True),
-    Peer(OURS, autoplan("balanced"), True),
-    Peer("autoplan high", autoplan("high"), True),
-    Peer("autoplan lossless", autoplan("lossless")),
+    Peer(BASELINE, plain(F32, compiled=False), TABLES),
+    Peer(OURS, autoplan("balanced"), TABLES),
+    Peer("autoplan high", autoplan("high")),
+    Peer("autoplan lossless", autoplan("lossless"), ["minilm-32x64"]),
     Peer("autoplan balanced, given bfloat16", autoplan("balanced", BF16)),
     Peer("autoplan high, given bfloat16", autoplan("high", BF16)),
     Peer("bfloat16 eager", plain(BF16, compiled=False)),
-    Peer("float32 compiled", plain(F32, compiled=True), True),
-    Peer("bfloat16 compiled", plain(BF16, compiled=True), True),
+    Peer("float32 compiled", plain(F32, compiled=True), TABLES),
+    Peer("bfloat16 compiled", plain(BF16, compiled=True), TABLES),
     Peer("autocast bfloat16 compiled", autocast),
     Peer("quantize_dynamic", quantize_dynamic),
-    Peer("torchao int8 weight-only bfloat16", torchao(BF16, "Int8WeightOnlyConfig"), True),
-    Peer("torchao int8 dynamic float32", torchao(F32, "Int8DynamicActivationInt8WeightConfig"), True),
-    Peer("torchao int8 dynamic bfloat16", torchao(BF16, "Int8DynamicActivationInt8WeightConfig"), True),
-    Peer("torchao int4 bfloat16", torchao(BF16, "PrototypeInt4WeightOnlyConfig", INT4, group_size=128), True),
+    Peer("torchao int8 weight-only bfloat16", torchao(BF16, "Int8WeightOnlyConfig"), DECODERS),
+    Peer("torchao int8 dynamic float32", torchao(F32, INT8_DYNAMIC), [*ENCODERS, "layers"]),
+    Peer("torchao int8 dynamic bfloat16", torchao(BF16, INT8_DYNAMIC), DECODERS),
+    Peer("torchao int4 bfloat16", torchao(BF16, "PrototypeInt4WeightOnlyConfig", INT4, group_size=128), DECODERS),
     Peer("torchao int8 dynamic, int4 bfloat16", torchao(BF16, "Int8DynamicActivationInt4WeightConfig", INT4)),
     Peer("torchao float8 weight-only bfloat16", torchao(BF16, "Float8WeightOnlyConfig")),
     Peer("torchao float8 dynamic bfloat16", torchao(BF16, FLOAT8_DYNAMIC, FLOAT8)),
     Peer("PT2E dynamic", pt2e(dynamic=True)),
-    Peer("PT2E static", pt2e(dynamic=False), True),
-    Peer("quanto int8", quanto("qint8"), True),
+    Peer("PT2E static", pt2e(dynamic=False), ENCODERS),
+    Peer("quanto int8", quanto("qint8"), [*ENCODERS, *DECODERS]),
     Peer("quanto int8 bfloat16", quanto("qint8", dtype=BF16)),
     Peer("quanto int4", quanto("qint4")),
     Peer("quanto float8", quanto("qfloat8")),
     Peer("quanto int8, activations int8", quanto("qint8", "qint8")),
     Peer("onnxruntime float32", onnxruntime(int8=False)),
-    Peer("onnxruntime dynamic int8", onnxruntime(int8=True), True),
+    Peer("onnxruntime dynamic int8", onnxruntime(int8=True), ENCODERS),
     Peer("openvino", openvino(int8=False)),
     Peer("openvino nncf int8", openvino(int8=True)),
     Peer("bitsandbytes int8", replaced(F32, bitsandbytes_int8)),

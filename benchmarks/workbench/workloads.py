@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -190,7 +190,7 @@ def language_model(quick: bool) -> Workload:
     """A byte-level Llama, trained here as for planners.py: the only weights here that mean something to a language."""
     import planners
 
-    size = planners.QUICK if quick else planners.FULL
+    size = planners.QUICK if quick else replace(planners.FULL, steps=150)
     train, held_out = planners.corpus()
 
     @functools.cache
@@ -278,6 +278,7 @@ def layer(out_features: int, in_features: int, rows: int) -> Workload:
 
 
 LAYERS = ((64, 64), (384, 384), (1536, 384), (384, 1536), (4096, 4096), (11008, 4096))  # as linear.py has them
+SOME_LAYERS = ((1536, 384, 256), (4096, 4096, 1), (4096, 4096, 32))  # out_features, in_features, rows
 TABLES = ("minilm-32x64", "minilm-1x16", "language-model", "decoder", "vit", "layers")
 
 
@@ -296,6 +297,5 @@ def of_table(table: str, full: bool, quick: bool) -> Iterator[Workload]:
     elif quick:
         yield layer(64, 64, 3)
     else:
-        for out_features, in_features in LAYERS if full else LAYERS[::2]:
-            for rows in (1, 32, 256):
-                yield layer(out_features, in_features, rows)
+        for size in [(*shape, rows) for shape in LAYERS for rows in (1, 32, 256)] if full else SOME_LAYERS:
+            yield layer(*size)
