@@ -19,7 +19,8 @@ from tabulate import tabulate
 
 from autoplan import PlanCache, kernels
 from autoplan.cache import fingerprint
-from autoplan.cache.store import Record, entry
+from autoplan.cache.form import Record
+from autoplan.cache.store import entry
 
 SORTS = {"folder": "cache/", "json": "cache.json", "pickle": "cache.pkl"}
 LOOK_UPS = 500

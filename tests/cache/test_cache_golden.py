@@ -10,7 +10,7 @@ import pytest
 
 from autoplan import Budget, Plan, PlanCache
 from autoplan import plan as plan_room
-from autoplan.cache import codec, store
+from autoplan.cache import codec, form
 from autoplan.cache.store import entry
 from autoplan.errors import CacheError
 from autoplan.records import Call, Estimate, FrontierPoint, LayerPlan, LeftAlone, Option, Outcome
@@ -60,7 +60,7 @@ PLAN = Plan(
 
 AS_WRITTEN: Any = codec.unsealed(codec.read(GOLDEN / "plan-v1.json"))  # without the fields that came later
 
-RECORDS: dict[store.Kind, tuple[dict[str, Any], dict[str, Any]]] = {
+RECORDS: dict[form.Kind, tuple[dict[str, Any], dict[str, Any]]] = {
     "timings": (
         {"environment": {"device": "Some CPU", "features": ["avx2", "amx_int8"]}, "shape": {"rows": 1, "bias": False}},
         {"candidate": "bf16", "ratio": 0.5, "rounds": 30, "note": ""},
@@ -95,7 +95,7 @@ def test_a_cache_of_schema_1(name: str, tmp_path: Path) -> None:
     assert Plan.from_dict(found["value"]) == PLAN
 
 
-@pytest.mark.skipif(store.SCHEMA > 1, reason="this version writes another schema")
+@pytest.mark.skipif(form.SCHEMA > 1, reason="this version writes another schema")
 def test_what_is_written_today_is_the_golden_file(tmp_path: Path) -> None:
     """To the byte: whoever changes the form of the file makes a new schema, and a migration."""
     PlanCache.load(GOLDEN / "cache-v1.pkl").save(tmp_path / "cache.json")

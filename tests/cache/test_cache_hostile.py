@@ -25,8 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autoplan import Plan, PlanCache
-from autoplan.cache import codec, peek, store
-from autoplan.cache.store import KINDS
+from autoplan.cache import codec, form, peek
+from autoplan.cache.form import KINDS
 from autoplan.errors import CacheError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -263,7 +263,7 @@ class Bomb:
 
 
 def _records(kind: str, found: Any, **others: Any) -> dict[str, Any]:
-    return {"format": store.FORMAT, "schema": 1, "records": {**{k: {} for k in KINDS}, kind: found}} | others
+    return {"format": form.FORMAT, "schema": 1, "records": {**{k: {} for k in KINDS}, kind: found}} | others
 
 
 KEY, RECORD = next(iter(CACHE["records"]["timings"].items()))
@@ -281,9 +281,9 @@ LIES: dict[str, Any] = {
     "schema True": _records("timings", {}, schema=True),
     "schema 2**62": _records("timings", {}, schema=2**62),
     "schema of a text": _records("timings", {}, schema="1"),
-    "no records": {"format": store.FORMAT, "schema": 1},
+    "no records": {"format": form.FORMAT, "schema": 1},
     "records that are a list": _records("timings", {}, records=[]),
-    "a kind that is missing": {"format": store.FORMAT, "schema": 1, "records": {"timings": {}, "plans": {}}},
+    "a kind that is missing": {"format": form.FORMAT, "schema": 1, "records": {"timings": {}, "plans": {}}},
     "a kind too many": _records("tunings", {}),
     "a kind that is a list": _records("timings", [RECORD]),
     "a record that is nothing": _records("timings", {KEY: None}),
@@ -339,7 +339,7 @@ LARGE = {  # 30 MiB each, twice, in the layout of a large file
 def test_a_large_file_that_lies_claims_no_more_memory_than_others(name: str, tmp_path: Path) -> None:
     path = tmp_path / "cache.json"
     marks = {"timings": {"0" * 64: b"?", "1" * 64: b"?"}, "sensitivities": {}, "plans": {}}
-    path.write_bytes(peek.file_of(marks, store.FORMAT, 1).replace(b"?", LARGE[name]))
+    path.write_bytes(peek.file_of(marks, form.FORMAT, 1).replace(b"?", LARGE[name]))
     assert codec.MAX_BYTES < path.stat().st_size < peek.MAX_BYTES
     tracemalloc.start()
     try:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from autoplan.cache import codec, peek
-from autoplan.cache.store import FORMAT, KINDS, SCHEMA, PlanCache, entry
+from autoplan.cache.form import FORMAT, KINDS, SCHEMA
+from autoplan.cache.store import PlanCache, entry
 from autoplan.errors import CacheError
 
 CONTENTS = {

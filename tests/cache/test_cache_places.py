@@ -14,11 +14,12 @@ from typing import Any
 import fsspec
 import pytest
 
-from autoplan.cache import codec, files, store
-from autoplan.cache.store import KINDS, PlanCache, entry
+from autoplan.cache import codec, files, form
+from autoplan.cache.form import KINDS
+from autoplan.cache.store import PlanCache, entry
 from autoplan.errors import CacheError
 
-Made = tuple[str, store.Record]
+Made = tuple[str, form.Record]
 
 
 def _timing(rows: int, ratio: float = 0.5) -> Made:
@@ -316,7 +317,7 @@ def _aged(made: Made, days: float) -> tuple[str, dict[str, Any]]:
 @pytest.fixture
 def aged(where: str) -> PlanCache:
     """Records of 1 to 4 days, and one that does not say."""
-    old = {"format": store.FORMAT, "schema": 1, "records": {kind: {} for kind in KINDS}}
+    old = {"format": form.FORMAT, "schema": 1, "records": {kind: {} for kind in KINDS}}
     old["records"]["timings"] = dict([*(_aged(_timing(day), day) for day in range(1, 5)), _timing(9)])  # type: ignore
     cache = PlanCache(where)
     cache.merge(PlanCache.from_dict(old))

@@ -14,7 +14,7 @@ from autoplan.cache.store import PlanCache
 # One interpreter that forks, since importing torch anew for each process would take longer than the writing.
 SCRIPT = """
 import itertools, os, random, select, signal, sys, traceback
-from autoplan.cache import store
+from autoplan.cache import backends
 from autoplan.cache.store import PlanCache, entry
 
 place, writers, writes, repeats = sys.argv[1], *map(int, sys.argv[2:])
@@ -23,7 +23,7 @@ READERS, VICTIM = 4, 0
 def complain(message):
     raise AssertionError(message)  # nothing is set aside, unreadable or unwritable here
 
-store._warn_once = complain
+backends.warn_once = complain
 
 def made(name, number):
     return entry({"writer": name, "number": number}, {"ratio": number / 7, "text": "long " * (number % 50)})

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 import autoplan.cache
-from autoplan.cache import codec, files, store
+from autoplan.cache import codec, files, form
 from autoplan.cache.store import PlanCache, entry, resolve
 from autoplan.errors import CacheError
 
 
-def _timing(rows: int, ratio: float = 0.5) -> tuple[str, store.Record]:
+def _timing(rows: int, ratio: float = 0.5) -> tuple[str, form.Record]:
     return entry({"environment": {"device": "cpu", "torch": "2.13"}, "rows": rows}, {"ratio": ratio, "rounds": 30})
 
 
@@ -62,7 +62,7 @@ def test_the_golden_file_of_schema_1(tmp_path: Path) -> None:
         assert len(cache) == 2
         assert cache.get("timings", codec.digest({"a": 1})) == {"fingerprint": {"a": 1}, "value": {"ratio": 0.5}}
         assert cache.get("sensitivities", codec.digest(fingerprint)) == {"fingerprint": fingerprint, "value": value}
-    if store.SCHEMA == 1:
+    if form.SCHEMA == 1:
         PlanCache.load(path).save(tmp_path / "again.json")
         assert (tmp_path / "again.json").read_text() == GOLDEN
 
@@ -248,13 +248,13 @@ def test_a_file_of_a_newer_autoplan_is_left_alone(tmp_path: Path, caplog: pytest
 def test_older_schemas_are_migrated_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cache.json"
     path.write_text(GOLDEN)
-    monkeypatch.setattr(store, "SCHEMA", 3)
-    monkeypatch.setitem(store.MIGRATIONS, 1, lambda data: {**data, "steps": 1})
+    monkeypatch.setattr(form, "SCHEMA", 3)
+    monkeypatch.setitem(form.MIGRATIONS, 1, lambda data: {**data, "steps": 1})
     monkeypatch.setitem(
-        store.MIGRATIONS, 2, lambda data: {**data, "records": {**data["records"], "plans": {"k": data["steps"]}}}
+        form.MIGRATIONS, 2, lambda data: {**data, "records": {**data["records"], "plans": {"k": data["steps"]}}}
     )
     assert PlanCache.load(path).keys("plans") == ["k"]
-    monkeypatch.setitem(store.MIGRATIONS, 2, lambda data: data["what is not there"])
+    monkeypatch.setitem(form.MIGRATIONS, 2, lambda data: data["what is not there"])
     with pytest.raises(CacheError, match="not of schema 2"):
         PlanCache.load(path)
 
