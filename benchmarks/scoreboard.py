@@ -42,7 +42,8 @@ from autoplan.cache import fingerprint
 PACKAGES = (
     "torchao", "optimum-quanto", "onnxruntime", "openvino", "nncf", "bitsandbytes", "hqq", "transformers", "autoplan"
 )  # fmt: skip
-TOO_SLOW = 2.0  # times the baseline: judged on its first input alone, and not raced
+TOO_SLOW = 2.0  # times the baseline: not raced, and judged on the first inputs alone,
+FEW_ITEMS = 16  # as many as hold so many items
 SAMPLE_US = 20_000.0  # what one turn lasts at least: other libraries' threads go on spinning for about a millisecond
 MIN_ROUNDS = 20  # so that joint intervals for all that race do not end at the worst rounds of a shared machine
 
@@ -239,10 +240,10 @@ class Match:
                 row["note"] = raced.note
             else:
                 ms = self.warm_ms[name, scenario.name]
-                row |= {"ms": ms, "speedup": baseline_ms / ms, "note": "too slow to race: one call, one judged input"}
+                row |= {"ms": ms, "speedup": baseline_ms / ms, "note": "too slow to race: one call, few inputs judged"}
             if (duel := to_ours.get(name)) and name != OURS:
                 row |= {"ours": duel.ratio, "ours_low": duel.ratio_low, "ours_high": duel.ratio_high}
-            answers = self.answers[scenario.name][: None if raced else 1]
+            answers = self.answers[scenario.name][: None if raced else math.ceil(FEW_ITEMS / scenario.items)]
             accuracy = self.work.accuracy(
                 scenario, answers, [made.calls[scenario.name](judged) for judged in scenario.judged[: len(answers)]]
             )

@@ -1,4 +1,4 @@
-"""What a record is, and the files that hold records, of schema 1 (`.json`, or `.pkl` with the same content):
+"""What a record is, and the files that hold records, of schema 1:
 
     {"format": "autoplan cache", "schema": 1,
      "records": {"timings": {key: record}, "sensitivities": {key: record}, "plans": {key: record}}}
@@ -6,6 +6,7 @@
 A record is `{"fingerprint": {...}, "value": {...}, "stored": "2026-01-31T12:00:00+00:00", "digest": "..."}`: all that
 the value depends on, readable, beside the value; when it was put; and a digest of these, so that no changed letter goes
 unseen. Its key is the digest of its fingerprint, so that nothing is ever found under a key that it does not belong to.
+A `.pkl` file has the same content, with each record as a str of its JSON: a dict would be a hundred opcodes to check.
 """
 
 from __future__ import annotations
@@ -115,10 +116,14 @@ def from_data(data: Plain) -> Records:
     if not isinstance(kinds, dict) or set(kinds) != set(KINDS):
         raise CacheError(f"records are not {', '.join(KINDS)}")
     records = empty()
+    claimed = 0
     for kind, found in kinds.items():
         if not isinstance(found, dict):
             raise CacheError(f"{kind} is not a dict")
-        records[kind] = found
+        texts = {key: held.encode() for key, held in found.items() if isinstance(held, str)}
+        claimed += sum(map(codec.json_memory, texts.values()))
+        records[kind] = found | texts
+    codec.check_memory(claimed)
     return records
 
 
@@ -151,10 +156,19 @@ def read(place: files.Place) -> Records:
 
 def write(place: files.Place, records: Records) -> None:
     """Put a file of these records in place of what is there. Raises CacheError."""
-    if place.suffix == ".json" and any(records.values()):
+    if place.suffix == ".pkl":
+        lines: Records = {
+            kind: {key: _on_one_line(held).decode() for key, held in records[kind].items()} for kind in KINDS
+        }
+        codec.write(place, to_data(lines))
+    elif any(records.values()):
         codec.write_bytes(place, peek.file_of({kind: _texts(records[kind]) for kind in KINDS}, FORMAT, SCHEMA))
     else:
-        codec.write(place, to_data(all_parsed(records)))
+        codec.write(place, to_data(records))
+
+
+def _on_one_line(held: Any) -> bytes:
+    return held if isinstance(held, bytes) and not _is_laid_out(held) else line(_parsed(held))
 
 
 def _texts(records: dict[str, Any]) -> dict[str, bytes]:
@@ -175,8 +189,7 @@ def record_in(file: files.Place, kind: Kind, key: str) -> Record:
 def record_file(kind: Kind, key: str, held: Any) -> bytes:
     """The file of one record in a folder."""
     before, after = codec.dumps_line(to_data({kind: {key: None}})).split(b"null")
-    text = held if isinstance(held, bytes) and not _is_laid_out(held) else line(_parsed(held))
-    return before + text + after
+    return before + _on_one_line(held) + after
 
 
 def line(record: Any) -> bytes:

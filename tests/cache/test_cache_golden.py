@@ -78,7 +78,9 @@ def test_a_plan_of_schema_1(name: str) -> None:
     assert Plan.load(GOLDEN / name) == PLAN
 
 
-@pytest.mark.parametrize("name", ["cache-v1.json", "cache-v1.pkl", "cache-v1-unsealed.json", "cache-v1"])
+@pytest.mark.parametrize(
+    "name", ["cache-v1.json", "cache-v1.pkl", "cache-v1-lines.pkl", "cache-v1-unsealed.json", "cache-v1"]
+)
 def test_a_cache_of_schema_1(name: str, tmp_path: Path) -> None:
     if (GOLDEN / name).is_dir():
         shutil.copytree(GOLDEN / name, tmp_path / name)
@@ -99,7 +101,9 @@ def test_a_cache_of_schema_1(name: str, tmp_path: Path) -> None:
 def test_what_is_written_today_is_the_golden_file(tmp_path: Path) -> None:
     """To the byte: whoever changes the form of the file makes a new schema, and a migration."""
     PlanCache.load(GOLDEN / "cache-v1.pkl").save(tmp_path / "cache.json")
+    PlanCache.load(GOLDEN / "cache-v1.json").save(tmp_path / "cache.pkl")
     assert (tmp_path / "cache.json").read_bytes() == (GOLDEN / "cache-v1.json").read_bytes()
+    assert (tmp_path / "cache.pkl").read_bytes() == (GOLDEN / "cache-v1-lines.pkl").read_bytes()
     PlanCache(f"{tmp_path}/cache/").merge(PlanCache.load(tmp_path / "cache.json"))
     for file in (GOLDEN / "cache-v1").rglob("*.json"):
         assert (tmp_path / "cache" / file.relative_to(GOLDEN / "cache-v1")).read_bytes() == file.read_bytes()

@@ -33,7 +33,7 @@ GOLDEN = Path(__file__).parent / "golden"
 PLAN: Any = codec.read(GOLDEN / "plan-v1.json")
 EXPECTED_PLAN = Plan.from_dict(PLAN).to_dict()
 CACHE: Any = codec.read(GOLDEN / "cache-v1.json")
-FILES = ["plan-v1.json", "plan-v1.pkl", "cache-v1.json", "cache-v1.pkl"]
+FILES = ["plan-v1.json", "plan-v1.pkl", "cache-v1.json", "cache-v1.pkl", "cache-v1-lines.pkl"]
 MOST_BYTES = 200 << 20
 
 
@@ -288,6 +288,9 @@ LIES: dict[str, Any] = {
     "a kind that is a list": _records("timings", [RECORD]),
     "a record that is nothing": _records("timings", {KEY: None}),
     "a record that is a text": _records("timings", {KEY: "ratio"}),
+    "a record whose text claims too much": _records("timings", {KEY: f"[{'[],' * 1_000_000}[]]"}),
+    "a record whose text is a list": _records("timings", {KEY: "[]"}),
+    "a record whose text is of another time": _records("timings", {KEY: json.dumps({**RECORD, "stored": "2020"})}),
     "a record that is a list": _records("timings", {KEY: [RECORD]}),
     "a record without a value": _records("timings", {KEY: {"fingerprint": RECORD["fingerprint"]}}),
     "a record with more in it": _records("timings", {KEY: {**RECORD, "run": "rm -rf"}}),
