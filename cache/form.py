@@ -61,13 +61,18 @@ def _parsed(held: object) -> Any:
         return None  # no record, and said to be none
 
 
-def _is_laid_out(held: object) -> TypeGuard[bytes]:
-    """Whether this is a record as the text that it is in a .json file; in a folder it is on one line."""
+def _is_text_of_many(held: object) -> TypeGuard[bytes]:
+    """Whether this is a record as text from a file that holds others too: only that has a newline."""
     return isinstance(held, bytes) and b"\n" in held
 
 
+def _is_laid_out(held: object) -> TypeGuard[bytes]:
+    """Whether this is a record as the text that it is in a .json file; elsewhere it is on one line."""
+    return isinstance(held, bytes) and b"\n" in held[:-1]
+
+
 def all_parsed(records: Records) -> Records:
-    texts = [held for own in records.values() for held in own.values() if _is_laid_out(held)]
+    texts = [held for own in records.values() for held in own.values() if _is_text_of_many(held)]
     codec.check_memory(sum(map(codec.json_memory, texts)))  # one small file may hold them all
     return {kind: {key: _parsed(record) for key, record in own.items()} for kind, own in records.items()}
 
@@ -116,14 +121,10 @@ def from_data(data: Plain) -> Records:
     if not isinstance(kinds, dict) or set(kinds) != set(KINDS):
         raise CacheError(f"records are not {', '.join(KINDS)}")
     records = empty()
-    claimed = 0
     for kind, found in kinds.items():
         if not isinstance(found, dict):
             raise CacheError(f"{kind} is not a dict")
-        texts = {key: held.encode() for key, held in found.items() if isinstance(held, str)}
-        claimed += sum(map(codec.json_memory, texts.values()))
-        records[kind] = found | texts
-    codec.check_memory(claimed)
+        records[kind] = {key: held.encode() + b"\n" if isinstance(held, str) else held for key, held in found.items()}
     return records
 
 
@@ -168,7 +169,7 @@ def write(place: files.Place, records: Records) -> None:
 
 
 def _on_one_line(held: Any) -> bytes:
-    return held if isinstance(held, bytes) and not _is_laid_out(held) else line(_parsed(held))
+    return held.rstrip() if isinstance(held, bytes) and not _is_laid_out(held) else line(_parsed(held))
 
 
 def _texts(records: dict[str, Any]) -> dict[str, bytes]:

@@ -329,7 +329,7 @@ def test_a_lie_is_refused_or_a_miss(name: str, suffix: str, tmp_path: Path) -> N
             tracemalloc.stop()
 
 
-LARGE = {  # 30 MiB each, twice, in the layout of a large file
+LARGE = {  # 30 MiB each, twice, in the layout of a large file; or half of that in a pickle
     "one text": b'"' + b"x" * (30 << 20) + b'"',
     "numbers": b"[" + b"0," * (15 << 20) + b"0]",
     "empty lists": b"[" + b"[]," * (10 << 20) + b"0]",
@@ -338,12 +338,18 @@ LARGE = {  # 30 MiB each, twice, in the layout of a large file
 }
 
 
+@pytest.mark.parametrize("suffix", codec.SUFFIXES)
 @pytest.mark.parametrize("name", LARGE)
-def test_a_large_file_that_lies_claims_no_more_memory_than_others(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "cache.json"
-    marks = {"timings": {"0" * 64: b"?", "1" * 64: b"?"}, "sensitivities": {}, "plans": {}}
-    path.write_bytes(peek.file_of(marks, form.FORMAT, 1).replace(b"?", LARGE[name]))
-    assert codec.MAX_BYTES < path.stat().st_size < peek.MAX_BYTES
+def test_a_large_file_that_lies_claims_no_more_memory_than_others(name: str, suffix: str, tmp_path: Path) -> None:
+    path, keys = tmp_path / f"cache{suffix}", ("0" * 64, "1" * 64)
+    if suffix == ".json":
+        marks = {"timings": dict.fromkeys(keys, b"?"), "sensitivities": {}, "plans": {}}
+        path.write_bytes(peek.file_of(marks, form.FORMAT, 1).replace(b"?", LARGE[name]))
+        assert codec.MAX_BYTES < path.stat().st_size < peek.MAX_BYTES
+    else:
+        texts = dict(zip(keys, (LARGE[name][: 15 << 20].decode(), LARGE[name][-15 << 20 :].decode()), strict=True))
+        path.write_bytes(pickle.dumps(_records("timings", texts), protocol=4))
+        assert codec.MAX_BYTES * 0.9 < path.stat().st_size < codec.MAX_BYTES
     tracemalloc.start()
     try:
         with suppress(CacheError):
