@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoplan.errors import KernelError
+from autoplan.kernels import activations
 from autoplan.kernels.packing import Canonical, dequantize
 
 Packed = Sequence[Tensor]
@@ -65,6 +66,9 @@ class Kernel:
     fuse with their neighbours (the matrix product itself stays a custom op), for compiled graphs; all else runs whole
     behind the op `autoplan::linear`.
 
+    `activated`, where a kernel has it, is `run` with the name of an activation function that is applied to what it
+    returns (see `activations`).
+
     A kernel made for few rows says in `most_rows` up to how many; it runs more, but dequantizing the weight is faster.
 
     A kernel with tile sizes to choose names those worth timing in `variants(spec, rows)`, best guess first; under the
@@ -79,6 +83,7 @@ class Kernel:
     probe: Callable[[], str | None]  # None, or why this machine cannot; run once, on first use
     run: Run
     inline: Run | None = None
+    activated: Callable[[Tensor, Packed, Tensor | None, torch.dtype, str], Tensor] | None = None
     most_rows: int | None = None
     variants: Callable[[LinearSpec, int], Sequence[str]] | None = None
     configured: Callable[[str], Run] | None = None
@@ -171,11 +176,23 @@ def unpack_program(program: str, packed: Packed) -> Canonical:
     return kernels[0].layout.unpack(packed[slices[0]])
 
 
-def run_program(x: Tensor, packed: Packed, bias: Tensor | None, program: str, dtype: torch.dtype) -> Tensor:
+def run_program(
+    x: Tensor, packed: Packed, bias: Tensor | None, program: str, dtype: torch.dtype, activation: str = "none"
+) -> Tensor:
     """Run the kernel that `program` names for this many rows; `x` [rows, in_features], contiguous, rows >= 1."""
     thresholds, kernels, slices = parse_program(program)
     i = _step_at(thresholds, x.shape[0])
-    return kernels[i].run(x, packed[slices[i]], bias, dtype)
+    kernel, own = kernels[i], packed[slices[i]]
+    if activation == "none":
+        return kernel.run(x, own, bias, dtype)
+    if kernel.activated is None:
+        return activations.FUNCTIONS[activation](kernel.run(x, own, bias, dtype))
+    return kernel.activated(x, own, bias, dtype, activation)
+
+
+def takes_activations(program: str) -> bool:
+    """Whether whatever kernel runs applies an activation function by itself."""
+    return all(kernel.activated is not None for kernel in parse_program(program)[1])
 
 
 def kernel_at(program: str, rows: int) -> Kernel:
@@ -192,11 +209,14 @@ def call_linear(
     x: Tensor, packed: Packed, bias: Tensor | None, program: str, out_features: int, dtype: torch.dtype
 ) -> Tensor:
     """`autoplan::linear`, without the 20 us that calling an op takes where no gradient and no tracing needs one."""
-    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
-    if watched or torch._C._len_torch_dispatch_stack():
-        y: Tensor = torch.ops.autoplan.linear(x, packed, bias, program, out_features, dtype)
-        return y
-    return _linear(x, packed, bias, program, out_features, dtype)
+    y: Tensor
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        y = torch.ops.autoplan.linear_activated(x, packed, bias, program, out_features, dtype, "none")
+    elif torch.is_grad_enabled() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
+        y = torch.ops.autoplan.linear(x, packed, bias, program, out_features, dtype)
+    else:
+        y = _linear(x, packed, bias, program, out_features, dtype)
+    return y
 
 
 # The one op that any kernel can run behind. `packed` may hold oneDNN's opaque tensors, hence the second dispatch key.
@@ -233,6 +253,42 @@ def _linear_fake(
 
 
 _implement("linear", _linear, _linear_fake)
+
+
+def _linear_activated(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    program: str,
+    out_features: int,
+    dtype: torch.dtype,
+    activation: str,
+) -> Tensor:
+    if x.shape[0] == 0:
+        return x.new_empty((0, out_features), dtype=dtype)
+    return run_program(x, packed, bias, program, dtype, activation)
+
+
+def _linear_activated_fake(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    program: str,
+    out_features: int,
+    dtype: torch.dtype,
+    activation: str,
+) -> Tensor:
+    activations.install(takes_activations)  # this is where a graph is traced
+    return x.new_empty((x.shape[0], out_features), dtype=dtype)
+
+
+# For graphs without gradients: the same, and then an activation function (see `activations`).
+define_op(
+    "linear_activated(Tensor x, Tensor[] packed, Tensor? bias, str program, int out_features, ScalarType dtype, "
+    "str activation) -> Tensor",
+    _linear_activated,
+    _linear_activated_fake,
+)
 
 
 def _dense_weight(packed: Packed, program: str, size: Sequence[int], dtype: torch.dtype) -> Tensor:

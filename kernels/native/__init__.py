@@ -6,6 +6,7 @@ int8 weights lie in tiles (see product.h), one layout for both kernels that run 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from autoplan.kernels.packing import Canonical, quantize_int4, quantize_per_chan
 from autoplan.kernels.reference import linear_float64, relative_error
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of simd.h
+_ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")  # enum Activation of simd.h
 _FEW_ROWS = 6  # up to so many, weight-only kernels compute in float32 and read the weights once
 
 # Layouts. The last tensor of each is empty: its shape says out_features and in_features, which tiles are padded beyond.
@@ -93,20 +95,22 @@ def _bias(bias: Tensor | None) -> tuple[int | None, int]:
     return (None, 0) if bias is None else (bias.data_ptr(), _CODES[bias.dtype])
 
 
-def _int8_dynamic(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _int8_dynamic(
+    x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype, activation: str = "none"
+) -> Tensor:
     tiles, scale, start, size = packed
     x = x.to(dtype)
     y = torch.empty((x.shape[0], size.shape[1]), dtype=dtype)
     at, bias_dtype = _bias(bias)
     library().autoplan_int8_dynamic(
         x.data_ptr(), tiles.data_ptr(), scale.data_ptr(), start.data_ptr(), at, y.data_ptr(), *y.shape, size.shape[2],
-        _CODES[dtype], bias_dtype, torch.get_num_threads(),
+        _CODES[dtype], bias_dtype, _ACTIVATIONS.index(activation), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
 def _int8_weight(
-    x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype, few_rows: int = _FEW_ROWS
+    x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype, activation: str = "none"
 ) -> Tensor:
     tiles, scale, _, size = packed
     x = x.to(dtype)
@@ -114,13 +118,13 @@ def _int8_weight(
     at, bias_dtype = _bias(bias)
     library().autoplan_int8_weight(
         x.data_ptr(), tiles.data_ptr(), scale.data_ptr(), at, y.data_ptr(), *y.shape, size.shape[2],
-        few_rows, _CODES[dtype], bias_dtype, torch.get_num_threads(),
+        _FEW_ROWS, _CODES[dtype], bias_dtype, _ACTIVATIONS.index(activation), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
 def _int4_weight(
-    x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype, few_rows: int = _FEW_ROWS
+    x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype, activation: str = "none"
 ) -> Tensor:
     lines, scale, zero_point, size = packed
     x = x.to(dtype)
@@ -128,12 +132,19 @@ def _int4_weight(
     at, bias_dtype = _bias(bias)
     library().autoplan_int4_weight(
         x.data_ptr(), lines.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), at, y.data_ptr(), *y.shape,
-        size.shape[2], size.shape[2] // scale.shape[1], few_rows, _CODES[dtype], bias_dtype, torch.get_num_threads(),
+        size.shape[2], size.shape[2] // scale.shape[1], _FEW_ROWS, _CODES[dtype], bias_dtype,
+        _ACTIVATIONS.index(activation), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def _register(name: str, layout: ops.Layout, run: ops.Run, canonical: Callable[[Tensor], Canonical]) -> None:
+class _Run(Protocol):
+    def __call__(
+        self, x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype, activation: str = "none"
+    ) -> Tensor: ...
+
+
+def _register(name: str, layout: ops.Layout, run: _Run, canonical: Callable[[Tensor], Canonical]) -> None:
     def supports(spec: ops.LinearSpec) -> str | None:
         return None if spec.dtype in _CODES else f"input dtype {spec.dtype} is not float32, bfloat16 or float16"
 
@@ -153,7 +164,9 @@ def _register(name: str, layout: ops.Layout, run: ops.Run, canonical: Callable[[
                 return f"its probe gave a relative error of {error:.2g} on this machine"
         return None
 
-    ops.register_kernel(ops.Kernel(name=name, devices=("cpu",), layout=layout, supports=supports, probe=probe, run=run))
+    ops.register_kernel(
+        ops.Kernel(name=name, devices=("cpu",), layout=layout, supports=supports, probe=probe, run=run, activated=run)
+    )
 
 
 def _quantize_int8(weight: Tensor) -> Canonical:

@@ -24,9 +24,9 @@ _SOURCES = ("int8_dynamic.cpp", "weight_only.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _FUNCTIONS = {
-    "autoplan_int8_dynamic": [_P, _P, _P, _P, _P, _P, _N, _N, _N, _I, _I, _I],
-    "autoplan_int8_weight": [_P, _P, _P, _P, _P, _N, _N, _N, _I, _I, _I, _I],
-    "autoplan_int4_weight": [_P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _I, _I, _I, _I],
+    "autoplan_int8_dynamic": [_P, _P, _P, _P, _P, _P, _N, _N, _N, _I, _I, _I, _I],
+    "autoplan_int8_weight": [_P, _P, _P, _P, _P, _N, _N, _N, _I, _I, _I, _I, _I],
+    "autoplan_int4_weight": [_P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _I, _I, _I, _I, _I],
 }
 
 

@@ -84,9 +84,9 @@ extern "C" int autoplan_available() { return product_available(); }
 // y [rows, out_features] = x [rows, in_features] times weight; `weight` and `start` as packed by __init__.py.
 extern "C" void autoplan_int8_dynamic(const void* x, const char* weight, const float* scale, const int32_t* start,
                                       const void* bias, void* y, int64_t rows, int64_t out_features,
-                                      int64_t in_features, int dtype, int bias_dtype, int threads) {
+                                      int64_t in_features, int dtype, int bias_dtype, int activation, int threads) {
   threads = team_for(rows, out_features, in_features, threads);
-  const Epilogue e = {nullptr, scale, bias, bias_dtype, y, out_features, 1};
+  const Epilogue e = {nullptr, scale, bias, bias_dtype, y, out_features, 1, activation};
   if (dtype == FLOAT32)
     run<FLOAT32>(x, weight, start, e, rows, in_features, threads);
   else if (dtype == BFLOAT16)

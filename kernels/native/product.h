@@ -164,7 +164,7 @@ static inline void multiply(const char* block, int64_t rows, const char* strip, 
 
 #endif
 
-// What becomes of products: y = product * row_scale * scale * unit + bias, in the dtype of y.
+// What becomes of products: y = activation(product * row_scale * scale * unit + bias), in the dtype of y.
 struct Epilogue {
   const float* row_scale;  // [rows], or null for 1
   const float* scale;      // [out_features], or null for 1
@@ -173,6 +173,7 @@ struct Epilogue {
   void* y;  // [rows, out_features]
   int64_t out_features;
   float unit;  // another factor of scale
+  int activation;
 };
 
 constexpr int64_t STREAMED = 512 << 10;  // bytes of output that leave nothing else in the second-level cache
@@ -248,7 +249,8 @@ class Products {
   __m512 scaled(int half, __m512 row_scale) const {
     const __m512i raw = _mm512_load_si512(last_ + 16 * half);
     const __m512 value = _mm512_mul_ps(Kind::integer ? _mm512_cvtepi32_ps(raw) : _mm512_castsi512_ps(raw), row_scale);
-    return _mm512_fmadd_ps(value, own_->scale[half], own_->bias[half]);
+    const __m512 y = _mm512_fmadd_ps(value, own_->scale[half], own_->bias[half]);
+    return e_.activation ? activated(y, e_.activation) : y;
   }
 
   const Epilogue e_;

@@ -79,8 +79,10 @@ void few_rows(const float* x, int64_t row, const float* sums, int64_t groups, co
   few<Kind, ROWS>(x + row * w.in_features, w.in_features, sums + row * groups, groups, w, channel, total);
   const __mmask16 mask = lanes(e.out_features - channel);
   const __m512 bias = e.bias ? load(e.bias_dtype, e.bias, channel, mask) : _mm512_setzero_ps();
-  for (int r = 0; r < ROWS; r++)
-    store<DTYPE>(e.y, (row + r) * e.out_features + channel, mask, _mm512_add_ps(total[r], bias));
+  for (int r = 0; r < ROWS; r++) {
+    const __m512 y = _mm512_add_ps(total[r], bias);
+    store<DTYPE>(e.y, (row + r) * e.out_features + channel, mask, e.activation ? activated(y, e.activation) : y);
+  }
 }
 
 template <class Kind, int DTYPE>
@@ -198,18 +200,18 @@ void run(const void* x, const Weight& w, const Epilogue& e, int64_t rows, int64_
 // y [rows, out_features] = x [rows, in_features] times the int8 weight, by its few-rows way up to `few` rows.
 extern "C" void autoplan_int8_weight(const void* x, const char* lines, const float* scale, const void* bias, void* y,
                                      int64_t rows, int64_t out_features, int64_t in_features, int few, int dtype,
-                                     int bias_dtype, int threads) {
+                                     int bias_dtype, int activation, int threads) {
   threads = team_for(rows, out_features, in_features, threads);
   const int64_t padded = ceil_div(in_features, 64) * 64;
   const Weight w = {lines, scale, nullptr, padded, padded};
-  run<Int8Weight>(x, w, {nullptr, nullptr, bias, bias_dtype, y, out_features, 1}, rows, in_features, few, dtype, threads);
+  run<Int8Weight>(x, w, {nullptr, nullptr, bias, bias_dtype, y, out_features, 1, activation}, rows, in_features, few, dtype, threads);
 }
 
 // The same for an int4 weight in groups of `group_size`, a multiple of 16 that divides in_features.
 extern "C" void autoplan_int4_weight(const void* x, const char* lines, const float* scale, const uint8_t* zero_point,
                                      const void* bias, void* y, int64_t rows, int64_t out_features, int64_t in_features,
-                                     int64_t group_size, int few, int dtype, int bias_dtype, int threads) {
+                                     int64_t group_size, int few, int dtype, int bias_dtype, int activation, int threads) {
   threads = team_for(rows, out_features, in_features, threads);
   const Weight w = {lines, scale, zero_point, in_features, group_size};
-  run<Int4Weight>(x, w, {nullptr, nullptr, bias, bias_dtype, y, out_features, 1}, rows, in_features, few, dtype, threads);
+  run<Int4Weight>(x, w, {nullptr, nullptr, bias, bias_dtype, y, out_features, 1, activation}, rows, in_features, few, dtype, threads);
 }

@@ -1,0 +1,163 @@
+"""Activation functions taken into the layer before them when a model is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoplan.candidates import find_candidate
+from autoplan.kernels import activations, find_kernel, ops, packing
+from autoplan.layers import PlannedLinear
+
+_MISSING = find_kernel("fused_int8").probe()
+pytestmark = pytest.mark.skipif(bool(_MISSING), reason=_MISSING or "")
+
+
+def planned(out_features: int, in_features: int, program: str = "1:fused_int8") -> PlannedLinear:
+    linear = nn.Linear(in_features, out_features).requires_grad_(False)
+    return PlannedLinear.from_linear("layer", linear, find_candidate("int8_dynamic"), program)
+
+
+class Block(nn.Module):
+    def __init__(self, after: Callable[[Tensor], Tensor], program: str = "1:fused_int8") -> None:
+        super().__init__()
+        self.up, self.down, self.after = planned(64, 32, program), planned(32, 64), after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.after(self.up(x)))
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The activations of all layers that a compiled graph runs, in their order."""
+    found: list[str] = []
+    run = ops.run_program
+
+    def watched(x: Tensor, packed: Any, bias: Any, program: str, dtype: torch.dtype, activation: str = "-") -> Tensor:
+        found.append(activation)
+        return run(x, packed, bias, program, dtype, "none" if activation == "-" else activation)
+
+    monkeypatch.setattr(ops, "run_program", watched)
+    torch.compiler.reset()
+    return found
+
+
+def compiled(block: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = torch.compile(block, fullgraph=True)(x)
+    return y
+
+
+@pytest.mark.parametrize("name", ["fused_int8", "tiled_int8", "tiled_int4"])
+@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_apply_them_to_what_they_return(name: str, rows: int, dtype: torch.dtype) -> None:
+    kernel, weight = find_kernel(name), torch.randn(70, 128)
+    stored = (
+        packing.quantize_int4(weight, 64) if name == "tiled_int4" else packing.quantize_per_channel(weight, torch.int8)
+    )
+    packed, bias, x = kernel.layout.pack(stored), torch.randn(70), 0.3 * torch.randn(rows, 128).to(dtype)
+    assert kernel.activated is not None
+    exact = kernel.run(x.float(), packed, bias, torch.float32)
+    assert exact.abs().max() > 6  # into the tails
+    for activation, function in activations.FUNCTIONS.items():
+        y = kernel.activated(x, packed, bias, dtype, activation)
+        torch.testing.assert_close(y, function(exact).to(dtype), atol=4e-6 if dtype == torch.float32 else 2e-2, rtol=0)
+
+
+def test_not_a_number_stays_one() -> None:
+    kernel = find_kernel("fused_int8")
+    packed = kernel.layout.pack(packing.quantize_per_channel(torch.randn(64, 32), torch.int8))
+    x = torch.randn(40, 32)
+    x[1, 3] = torch.nan
+    assert kernel.activated is not None
+    for activation in activations.FUNCTIONS:
+        y = kernel.activated(x, packed, None, torch.float32, activation)
+        assert y[1].isnan().all()
+        assert y[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("after", "name"),
+    [
+        (nn.GELU(), "gelu"),
+        (nn.GELU(approximate="tanh"), "gelu_tanh"),
+        (F.silu, "silu"),
+        (nn.ReLU(), "relu"),
+        (torch.relu, "relu"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(5, 32), (2, 3, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_model_has_them_in_its_layers(
+    seen: list[str], after: Callable[[Tensor], Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    block, x = Block(after).to(dtype), torch.randn(shape, dtype=dtype)
+    with torch.no_grad():
+        y = compiled(block, x)
+        assert seen == [name, "none"]
+        torch.testing.assert_close(y, block(x), atol=0.03, rtol=0)  # a code of the second layer may be another
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda y: y * torch.sigmoid(y + 1),
+        lambda y: F.gelu(y) + y,  # the output itself is used too
+        lambda y: F.gelu(y.mT).mT,
+        lambda y: F.relu6(y),
+        lambda y: F.gelu(y + 1),
+        lambda y: y,
+    ],
+)
+def test_other_uses_of_an_output_are_left_alone(seen: list[str], after: Callable[[Tensor], Tensor]) -> None:
+    block, x = Block(after), torch.randn(5, 32)
+    with torch.no_grad():
+        y = compiled(block, x)
+        assert seen == ["none", "none"]
+        torch.testing.assert_close(y, block(x), atol=0.03, rtol=0)
+
+
+def test_a_gate_has_its_activation_and_its_partner_none(seen: list[str]) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = planned(64, 32), planned(64, 32), planned(32, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    block, x = Gated(), torch.randn(2, 3, 32)
+    with torch.no_grad():
+        y = compiled(block, x)
+        assert sorted(seen) == ["none", "none", "silu"]
+        torch.testing.assert_close(y, block(x), atol=0.03, rtol=0)
+
+
+def test_kernels_that_cannot_are_left_to_inductor(seen: list[str]) -> None:
+    assert ops.takes_activations("1:tiled_int8,7:fused_int8")
+    assert not ops.takes_activations("1:fused_int8,7:int_mm")
+    block = Block(nn.GELU(), "1:fused_int8,7:int_mm")
+    with torch.no_grad():
+        compiled(block, torch.randn(5, 32))
+    assert seen == ["none", "none"]
+
+
+def test_an_op_with_an_activation_runs_on_every_kernel() -> None:
+    layer, x = planned(64, 32, "1:fused_int8,7:int_mm"), torch.randn(8, 32)
+    packed = layer._packed
+    with torch.no_grad():
+        y = torch.ops.autoplan.linear_activated(x, packed, layer.bias, layer.program, 64, torch.float32, "gelu")
+        torch.testing.assert_close(y, F.gelu(layer(x)))
+
+
+def test_gradients_flow_as_ever(seen: list[str]) -> None:
+    block, x = Block(nn.GELU()), torch.randn(5, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(compiled(block, x).sum(), x)
+    assert seen == ["-", "-"]  # another op
+    (expected,) = torch.autograd.grad(block(x).sum(), x)
+    torch.testing.assert_close(gradient, expected, atol=0.03, rtol=0.03)
