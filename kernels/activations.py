@@ -11,6 +11,7 @@ Inductor has taken functions apart by then. What a function looks like is found 
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,6 +28,7 @@ FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
 }
 _RESHAPES = (torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+_logger = logging.getLogger(__name__)
 _POST_GRAD = "torch._inductor.fx_passes.post_grad"
 
 
@@ -38,7 +40,8 @@ def fuse(layer: fx.Node) -> bool:
     looks = _looks(layer.args[5])  # type: ignore[arg-type]
     within: dict[fx.Node, str] = {output: "y"}  # what is computed of the output alone
     for node in _following(output):
-        if not set(node.all_input_nodes) <= set(within):
+        inputs = node.all_input_nodes
+        if not inputs or any(source not in within for source in inputs):
             continue
         within[node] = _said(node, within)
         if name := looks.get(within[node]):
@@ -72,24 +75,26 @@ def _said(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
 
 @functools.cache
 def _looks(dtype: torch.dtype) -> dict[str, str]:
-    """{what the last node of a function computes: the function's name}, as Inductor takes them apart."""
+    """{what the last node of a function computes: the function's name}, as this Inductor takes them apart."""
+    try:
+        return {_taken_apart(function, dtype): name for name, function in FUNCTIONS.items() if name != "none"}
+    except Exception as error:  # private parts of torch, which come and go: without fusion, then
+        _logger.info("activation functions are not taken into layers: %s: %s", type(error).__name__, error)
+        return {}
+
+
+def _taken_apart(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> str:
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    found = {}
-    for name, function in FUNCTIONS.items():
-        if name == "none":
-            continue
-        with torch.no_grad():
-            traced = make_fx(function, select_decomp_table())(torch.ones(2, 2, dtype=dtype))
-        names: dict[Any, str] = {}
-        for node in traced.graph.nodes:
-            if node.op == "placeholder":
-                names[node] = "y"
-            elif node.op == "call_function":
-                names[node] = last = _said(node, names)
-        found[last] = name
-    return found
+    with torch.no_grad():
+        traced = make_fx(function, select_decomp_table())(torch.ones(2, 2, dtype=dtype))
+    names: dict[fx.Node, str] = {}
+    for node in traced.graph.nodes:
+        if node.op == "output":
+            break
+        names[node] = "y" if node.op == "placeholder" else _said(node, names)
+    return names[node.args[0]]
 
 
 @functools.cache
