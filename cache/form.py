@@ -162,7 +162,7 @@ def write(place: files.Place, records: Records) -> None:
             kind: {key: _on_one_line(held).decode() for key, held in records[kind].items()} for kind in KINDS
         }
         codec.write(place, to_data(lines))
-    elif any(records.values()):
+    elif place.suffix == ".json" and any(records.values()):
         codec.write_bytes(place, peek.file_of({kind: _texts(records[kind]) for kind in KINDS}, FORMAT, SCHEMA))
     else:
         codec.write(place, to_data(records))
