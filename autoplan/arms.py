@@ -192,7 +192,7 @@ class _Part:
         )
         if inline is not None:
             return lambda x, *packed: inline(x, packed, bias, dtype)
-        return lambda x, *packed: torch.ops.autoplan.linear(x, packed, bias, program, size, dtype)
+        return lambda x, *packed: torch.ops.autoplan.linear(x, packed, bias, program, size, dtype, "none")
 
 
 def _lowered(graph: Graph, x: Tensor, packed: Packed) -> Graph:

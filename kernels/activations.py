@@ -1,9 +1,8 @@
 """Activation functions that a kernel applies to its output before it is stored, in graphs that Inductor compiles.
 
-A layer traced without gradients is one `autoplan::linear_activated` with the activation "none". Where one activation
-function is all that its output is used for, a pattern in Inductor's pattern matcher takes the function into it: so the
-output is written once, where otherwise it would be written, read and written again. Kernels that cannot are left to
-Inductor, which fuses the function with its other neighbours.
+Where one activation function is all that the output of an `autoplan::linear` is used for, a pattern in Inductor's
+pattern matcher takes the function into it: so the output is written once, where otherwise it would be written, read and
+written again. Kernels that cannot are left to Inductor, which fuses the function with its other neighbours.
 
 Inductor has taken functions apart by then. What a function looks like is found by having it taken apart as well.
 """
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {  # in the order of `enum Activation` in native/simd.h
     "none": lambda y: y,
     "relu": lambda y: F.relu(y),
     "silu": lambda y: F.silu(y),
@@ -32,7 +31,7 @@ _logger = logging.getLogger(__name__)
 _POST_GRAD = "torch._inductor.fx_passes.post_grad"
 
 
-def fuse(layer: fx.Node) -> bool:
+def fuse(layer: fx.Node) -> None:
     """Take the activation function after a layer into it, if there is one that nothing else comes between."""
     output = layer
     if len(layer.users) == 1 and (use := next(iter(layer.users))).target in _RESHAPES:
@@ -47,13 +46,12 @@ def fuse(layer: fx.Node) -> bool:
         if name := looks.get(within[node]):
             between = [n for n in within if n is not node]
             if any(use not in within for n in between for use in n.users):
-                return False
-            layer.args = (*layer.args[:6], name)
+                return
+            layer.args = (*layer.args[:-1], name)
             node.replace_all_uses_with(output)
             for gone in reversed([*between[1:], node]):
                 node.graph.erase_node(gone)
-            return True
-    return False
+            return
 
 
 def _following(node: fx.Node, most: int = 40) -> list[fx.Node]:
@@ -103,13 +101,13 @@ def _install(takes: Callable[[str], bool]) -> None:
         from torch._inductor.pattern_matcher import Arg, CallFunction, register_graph_pattern
 
         patterns: Any = sys.modules[_POST_GRAD].pass_patterns[0]
-        layer = CallFunction(torch.ops.autoplan.linear_activated.default, *[Arg() for _ in range(7)])
+        layer = CallFunction(torch.ops.autoplan.linear.default, *[Arg() for _ in range(7)])
     except (ImportError, AttributeError, LookupError):  # an Inductor of another kind: without fusion, then
         return
 
     def fits(match: Any) -> bool:
         args = match.output_node().args
-        return args[6] == "none" and takes(args[3])
+        return args[-1] == "none" and takes(args[3])
 
     @register_graph_pattern(layer, extra_check=fits, pass_dict=patterns)
     def replace(match: Any, *_: Any) -> None:

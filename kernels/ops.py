@@ -209,20 +209,19 @@ def call_linear(
     x: Tensor, packed: Packed, bias: Tensor | None, program: str, out_features: int, dtype: torch.dtype
 ) -> Tensor:
     """`autoplan::linear`, without the 20 us that calling an op takes where no gradient and no tracing needs one."""
-    y: Tensor
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        y = torch.ops.autoplan.linear_activated(x, packed, bias, program, out_features, dtype, "none")
-    elif torch.is_grad_enabled() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
-        y = torch.ops.autoplan.linear(x, packed, bias, program, out_features, dtype)
-    else:
-        y = _linear(x, packed, bias, program, out_features, dtype)
-    return y
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
+    if watched or torch._C._len_torch_dispatch_stack():
+        y: Tensor = torch.ops.autoplan.linear(x, packed, bias, program, out_features, dtype, "none")
+        return y
+    return _linear(x, packed, bias, program, out_features, dtype, "none")
 
 
 # The one op that any kernel can run behind. `packed` may hold oneDNN's opaque tensors, hence the second dispatch key.
+# Only Inductor's graphs give it an `activation` (see `activations`), where gradients have been taken care of.
 _LIBRARY = torch.library.Library("autoplan", "FRAGMENT")
 _LIBRARY.define(
-    "linear(Tensor x, Tensor[] packed, Tensor? bias, str program, int out_features, ScalarType dtype) -> Tensor"
+    "linear(Tensor x, Tensor[] packed, Tensor? bias, str program, int out_features, ScalarType dtype, "
+    "str activation) -> Tensor"
 )
 
 
@@ -239,23 +238,6 @@ def _implement(name: str, run: Callable[..., Tensor], fake: Callable[..., Tensor
 
 
 def _linear(
-    x: Tensor, packed: Packed, bias: Tensor | None, program: str, out_features: int, dtype: torch.dtype
-) -> Tensor:
-    if x.shape[0] == 0:
-        return x.new_empty((0, out_features), dtype=dtype)
-    return run_program(x, packed, bias, program, dtype)
-
-
-def _linear_fake(
-    x: Tensor, packed: Packed, bias: Tensor | None, program: str, out_features: int, dtype: torch.dtype
-) -> Tensor:
-    return x.new_empty((x.shape[0], out_features), dtype=dtype)
-
-
-_implement("linear", _linear, _linear_fake)
-
-
-def _linear_activated(
     x: Tensor,
     packed: Packed,
     bias: Tensor | None,
@@ -269,7 +251,7 @@ def _linear_activated(
     return run_program(x, packed, bias, program, dtype, activation)
 
 
-def _linear_activated_fake(
+def _linear_fake(
     x: Tensor,
     packed: Packed,
     bias: Tensor | None,
@@ -282,13 +264,7 @@ def _linear_activated_fake(
     return x.new_empty((x.shape[0], out_features), dtype=dtype)
 
 
-# For graphs without gradients: the same, and then an activation function (see `activations`).
-define_op(
-    "linear_activated(Tensor x, Tensor[] packed, Tensor? bias, str program, int out_features, ScalarType dtype, "
-    "str activation) -> Tensor",
-    _linear_activated,
-    _linear_activated_fake,
-)
+_implement("linear", _linear, _linear_fake)
 
 
 def _dense_weight(packed: Packed, program: str, size: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -309,7 +285,9 @@ define_op(
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, packed, bias, program, out_features, _ = inputs
+    x, packed, bias, program, out_features, _, activation = inputs
+    if activation != "none":
+        raise RuntimeError(f"autoplan::linear with the activation {activation!r} is for graphs that need no gradients")
     ctx.packed, ctx.program, ctx.size, ctx.dtype = packed, program, (out_features, x.shape[1]), x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -318,7 +296,7 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     """Straight through: the gradient that a float layer with the dequantized weight would pass on."""
     grad_x = grad.to(ctx.dtype) @ torch.ops.autoplan.dense_weight(ctx.packed, ctx.program, ctx.size, ctx.dtype)
     grad_bias = grad.sum(dim=0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-    return grad_x, [None] * len(ctx.packed), grad_bias, None, None, None
+    return grad_x, [None] * len(ctx.packed), grad_bias, None, None, None, None
 
 
 torch.library.register_autograd("autoplan::linear", _linear_backward, setup_context=_save_for_backward, lib=_LIBRARY)

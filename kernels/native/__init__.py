@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from autoplan.errors import KernelError
-from autoplan.kernels import ops
+from autoplan.kernels import activations, ops
 from autoplan.kernels.native.build import library
 from autoplan.kernels.packing import Canonical, quantize_int4, quantize_per_channel
 from autoplan.kernels.reference import linear_float64, relative_error
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of simd.h
-_ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")  # enum Activation of simd.h
+_ACTIVATIONS = {name: code for code, name in enumerate(activations.FUNCTIONS)}  # enum Activation of simd.h
 _FEW_ROWS = 6  # up to so many, weight-only kernels compute in float32 and read the weights once
 
 # Layouts. The last tensor of each is empty: its shape says out_features and in_features, which tiles are padded beyond.
@@ -104,7 +104,7 @@ def _int8_dynamic(
     at, bias_dtype = _bias(bias)
     library().autoplan_int8_dynamic(
         x.data_ptr(), tiles.data_ptr(), scale.data_ptr(), start.data_ptr(), at, y.data_ptr(), *y.shape, size.shape[2],
-        _CODES[dtype], bias_dtype, _ACTIVATIONS.index(activation), torch.get_num_threads(),
+        _CODES[dtype], bias_dtype, _ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -118,7 +118,7 @@ def _int8_weight(
     at, bias_dtype = _bias(bias)
     library().autoplan_int8_weight(
         x.data_ptr(), tiles.data_ptr(), scale.data_ptr(), at, y.data_ptr(), *y.shape, size.shape[2],
-        _FEW_ROWS, _CODES[dtype], bias_dtype, _ACTIVATIONS.index(activation), torch.get_num_threads(),
+        _FEW_ROWS, _CODES[dtype], bias_dtype, _ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -133,7 +133,7 @@ def _int4_weight(
     library().autoplan_int4_weight(
         x.data_ptr(), lines.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), at, y.data_ptr(), *y.shape,
         size.shape[2], size.shape[2] // scale.shape[1], _FEW_ROWS, _CODES[dtype], bias_dtype,
-        _ACTIVATIONS.index(activation), torch.get_num_threads(),
+        _ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
     return y
 

@@ -38,9 +38,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     run = ops.run_program
 
-    def watched(x: Tensor, packed: Any, bias: Any, program: str, dtype: torch.dtype, activation: str = "-") -> Tensor:
+    def watched(x: Tensor, packed: Any, bias: Any, program: str, dtype: torch.dtype, activation: str) -> Tensor:
         found.append(activation)
-        return run(x, packed, bias, program, dtype, "none" if activation == "-" else activation)
+        return run(x, packed, bias, program, dtype, activation)
 
     monkeypatch.setattr(ops, "run_program", watched)
     torch.compiler.reset()
@@ -151,13 +151,19 @@ def test_an_op_with_an_activation_runs_on_every_kernel() -> None:
     layer, x = planned(64, 32, "1:fused_int8,7:int_mm"), torch.randn(8, 32)
     packed = layer._packed
     with torch.no_grad():
-        y = torch.ops.autoplan.linear_activated(x, packed, layer.bias, layer.program, 64, torch.float32, "gelu")
+        y = torch.ops.autoplan.linear(x, packed, layer.bias, layer.program, 64, torch.float32, "gelu")
         torch.testing.assert_close(y, F.gelu(layer(x)))
 
 
 def test_gradients_flow_as_ever(seen: list[str]) -> None:
     block, x = Block(nn.GELU()), torch.randn(5, 32, requires_grad=True)
     (gradient,) = torch.autograd.grad(compiled(block, x).sum(), x)
-    assert seen == ["-", "-"]  # another op
+    assert seen == ["none", "none"]  # the output of the first is kept for its gradient
     (expected,) = torch.autograd.grad(block(x).sum(), x)
     torch.testing.assert_close(gradient, expected, atol=0.03, rtol=0.03)
+
+
+def test_gradients_through_an_activation_are_refused() -> None:
+    layer, x = planned(64, 32), torch.randn(8, 32, requires_grad=True)
+    with pytest.raises(RuntimeError, match="'gelu' is for graphs that need no gradients"):
+        torch.ops.autoplan.linear(x, layer._packed, layer.bias, layer.program, 64, torch.float32, "gelu")
