@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, get_args
 
@@ -53,7 +52,7 @@ def apply_plan(model: Model, plan: Plan, *, weights: Weights = "check") -> Model
     check_match(root, plan, weights)
     planned = stand_ins_of(root, plan.layers)
     stale = environment_differences(plan.fingerprints.get("environment", {}))
-    put(root, planned)
+    Swap(root, planned).exchange()
     if stale:
         _logger.warning(
             "this plan was made in another environment, so its times may not hold: %s. plan.revalidate(float_model, "
@@ -131,23 +130,29 @@ def stand_ins(model: nn.Module, names: tuple[str, ...], candidate: str, program:
     return {name: made[id(model.get_submodule(name))] for name in names}
 
 
-def put(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Set the modules at these dotted names; returns those that were there."""
-    previous = {name: model.get_submodule(name) for name in layers}
-    for name, layer in layers.items():
-        parent, _, attribute = name.rpartition(".")
-        model.get_submodule(parent)._modules[attribute] = layer
-    return previous
+class Swap:
+    """`model` with these layers while inside a `with` block, as often as one likes, and as it was after it.
 
+    Their places are found once: for many layers that takes longer than a forward of a small model.
+    """
 
-@contextmanager
-def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """`model` with these layers inside the block, and as it was after it."""
-    previous = put(model, layers)
-    try:
-        yield
-    finally:
-        put(model, previous)
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        self._out: list[nn.Module | None] = list(layers.values())
+        self._places: list[tuple[dict[str, nn.Module | None], str]] = []
+        for name in layers:
+            parent, _, attribute = name.rpartition(".")
+            self._places.append((model.get_submodule(parent)._modules, attribute))
+
+    def exchange(self) -> None:
+        """Put in what is out, and take out what was there."""
+        for i, (modules, attribute) in enumerate(self._places):
+            modules[attribute], self._out[i] = self._out[i], modules[attribute]
+
+    def __enter__(self) -> None:
+        self.exchange()
+
+    def __exit__(self, *_: object) -> None:
+        self.exchange()
 
 
 def environment_differences(planned: Mapping[str, Any]) -> tuple[str, ...]:

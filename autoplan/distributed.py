@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from autoplan.apply import stand_ins, swapped
+from autoplan.apply import Swap, stand_ins
 from autoplan.cache.fingerprint import digest
 from autoplan.errors import AutoplanError
 from autoplan.layers import PlannedLinear
@@ -292,7 +292,7 @@ def _follow(ranks: Ranks, model: nn.Module) -> None:
                 made[name, candidate, program] = stand_ins(model, (name,), candidate, program)[name]
         args, kwargs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         with (
-            swapped(model, {name: made[(name, *choice)] for name, choice in layers.items()}),
+            Swap(model, {name: made[(name, *choice)] for name, choice in layers.items()}),
             torch.autocast(device.type, autocast, enabled=autocast is not None),
             nullcontext() if listening.done else listening,
         ):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoplan.apply import stand_ins, swapped
+from autoplan.apply import Swap, stand_ins
 from autoplan.cache.fingerprint import digest
 from autoplan.cache.store import PlanCache, entry
 from autoplan.divergence import OutputPicker, Reference, call, compare, in_parts, unmasked, weight
@@ -347,7 +347,7 @@ def _further(passes: range, spread: Mapping[Hashable, Tensor]) -> range:
 
 
 def _divergence(subject: Subject, made: Mapping[str, nn.Module]) -> float:
-    with swapped(subject.model, made):
+    with Swap(subject.model, made):
         return compare(subject.model, subject.against, subject.output).divergence()
 
 

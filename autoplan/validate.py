@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoplan import timing
-from autoplan.apply import swapped
+from autoplan.apply import Swap
 from autoplan.divergence import (
     OutputPicker,
     Reference,
@@ -57,14 +57,14 @@ class Whole:
 
     def measure(self, plan: Sequence[LayerPlan], against: Sequence[Reference]) -> Measured:
         """The divergence of the planned model, with its one-sided 95 % upper bound."""
-        with swapped(self.model, self.stand_ins(plan)):
+        with Swap(self.model, self.stand_ins(plan)):
             found = compare(self.model, against, self.picker)
         return Measured(found.divergence(), found.upper_bound(self.seed))
 
     def judged(self, outcome: Outcome, plan: Sequence[LayerPlan], against: Sequence[Reference]) -> Outcome:
         """The outcome with the planned model's figures on these inputs."""
         rows, kl, same, losses = [], [], [], []
-        with swapped(self.model, self.stand_ins(plan)):
+        with Swap(self.model, self.stand_ins(plan)):
             for reference in against:
                 output, _ = main_output(call(self.model, reference.model_input), self.picker)
                 rows.append(terms(reference, output))
@@ -88,7 +88,7 @@ class Whole:
 
     def score(self, evaluate: Evaluate, plan: Sequence[LayerPlan]) -> float:
         """What the user's metric says of the planned model. Raises AutoplanError where that is no number."""
-        with swapped(self.model, self.stand_ins(plan)):
+        with Swap(self.model, self.stand_ins(plan)):
             score = evaluate(self.model)
         try:
             return float(score)
@@ -365,8 +365,10 @@ def _affordable_rounds(calls: Collection[Callable[[], object]], seconds: float, 
 
 
 def _timed(model: nn.Module, layers: Layers, runner: nn.Module, example: ModelInput) -> Callable[[], object]:
+    swap = Swap(model, layers)
+
     def run() -> object:
-        with swapped(model, layers):
+        with swap:
             return call(runner, example)
 
     return run

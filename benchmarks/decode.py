@@ -34,7 +34,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from autoplan import Plan, PlanCache, apply_plan, kernels, make_plan, record, timing
-from autoplan.apply import put, stand_ins
+from autoplan.apply import Swap, stand_ins
 from autoplan.cache import fingerprint
 from autoplan.layers import PlannedLinear
 from autoplan.records import COMPILED, EAGER
@@ -307,7 +307,7 @@ def uniform(model: nn.Module, plan: Plan, candidate: str) -> nn.Module:
     for layer in plan.layers:
         program = next((option.program for option in layer.options if option.candidate == candidate), "")
         if program:
-            put(changed, stand_ins(changed, (layer.name, *layer.aliases), candidate, program))
+            Swap(changed, stand_ins(changed, (layer.name, *layer.aliases), candidate, program)).exchange()
     return changed
 
 

@@ -43,7 +43,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from autoplan import kernels, record
-from autoplan.apply import swapped
+from autoplan.apply import Swap
 from autoplan.cache import fingerprint
 from autoplan.candidates import register_candidate
 from autoplan.divergence import compare, references, undisturbed
@@ -163,7 +163,7 @@ class Arena:
     @functools.cache  # noqa: B019 - an arena lives as long as the benchmark; planners often agree
     def _kl(self, plan: Set[tuple[str, str]], seen: bool) -> NDArray[np.float64]:
         changed = {name: self.quantized[name, c][name] for name, c in plan if c != "none"}
-        with undisturbed(self.model), swapped(self.model, changed):
+        with undisturbed(self.model), Swap(self.model, changed):
             values = compare(self.model, self.seen if seen else self.unseen, None).values
         return np.asarray(values[:, 0] / values[:, 1])
 

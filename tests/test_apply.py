@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autoplan import Budget, Plan, apply_plan, autoplan, make_plan, plan_of, record
-from autoplan.apply import StandIns, put, stand_ins, stand_ins_of, swapped
+from autoplan.apply import StandIns, Swap, stand_ins, stand_ins_of
 from autoplan.errors import AutoplanError, CandidateError, PlanMismatchError
 from autoplan.layers import PlannedLinear
 
@@ -233,15 +233,17 @@ def test_swapped_puts_back_what_was_there_also_after_an_exception() -> None:
     model = mlp()
     first, expected = model[0], model(rows())
     layers = stand_ins(model, ("0",), "int8_weight_only", "1:dequantize_int8")
-    with swapped(model, layers):
-        assert model[0] is layers["0"]
-    assert model[0] is first
-    with pytest.raises(ZeroDivisionError), swapped(model, layers):
+    swap = Swap(model, layers)
+    for _ in range(2):
+        with swap:
+            assert model[0] is layers["0"]
+        assert model[0] is first
+    with pytest.raises(ZeroDivisionError), swap:
         raise ZeroDivisionError
     assert model[0] is first
     assert torch.equal(model(rows()), expected)
     nested = nn.Sequential(model)
-    assert put(nested, {"0.0": nn.Identity()}) == {"0.0": first}
+    Swap(nested, {"0.0": nn.Identity()}).exchange()
     assert isinstance(nested.get_submodule("0.0"), nn.Identity)
 
 

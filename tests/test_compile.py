@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from autoplan import Budget, PlanCache, autoplan, plan_of
-from autoplan.apply import put, stand_ins
+from autoplan.apply import Swap, stand_ins
 from autoplan.candidates import registered
 from autoplan.layers import PlannedLinear
 
@@ -53,7 +53,8 @@ def rows(count: int = 24) -> Tensor:
 
 def planned(candidate: str, program: str) -> Block:
     model = Block()
-    put(model, stand_ins(model, ("up",), candidate, program) | stand_ins(model, ("down",), candidate, program))
+    for name in ("up", "down"):
+        Swap(model, stand_ins(model, (name,), candidate, program)).exchange()
     return model
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autoplan import fisher as gradients_room
 from autoplan import record, sensitivity
-from autoplan.apply import swapped
+from autoplan.apply import Swap
 from autoplan.cache.store import PlanCache
 from autoplan.candidates import find_candidate
 from autoplan.divergence import Reference, compare, references, undisturbed
@@ -153,7 +153,7 @@ def test_the_harm_is_the_second_order_kl_and_near_the_true_one_for_small_changes
         calls = gradients(model, {"a": "a"}, judged.against, None, None, passes, 0)
         found = Changes(model, calls["a"]).squares({"a": Changed(model.a, off)})
         sampled = sum(float(value.sum()) for value in found.values()) / len(passes) / 6
-        with swapped(model, {"a": Changed(model.a, off)}):
+        with Swap(model, {"a": Changed(model.a, off)}):
             true = compare(model, judged.against, None).divergence()
 
         def logits(y: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def test_the_harm_of_other_outputs_is_their_relative_squared_error() -> None:
         calls = gradients(model, {"0": "0"}, judged.against, None, None, passes, 0)
         found = Changes(model, calls["0"]).squares({"0": Changed(model[0], off)})
         sampled = sum(float(v.sum()) for v in found.values()) / len(passes) / judged.against[0].output.square().sum()
-        with swapped(model, {"0": Changed(model[0], off)}):
+        with Swap(model, {"0": Changed(model[0], off)}):
             true = compare(model, judged.against, None).divergence()
     assert float(sampled) == pytest.approx(true, rel=0.05)
 
@@ -242,7 +242,7 @@ def test_the_sum_of_scores_predicts_random_plans_on_held_out_inputs(gives: str) 
             shares = pick.dirichlet([1.0, 0.3, 1.0, 1.0])
             plan = [(name, (*CANDIDATES, "none")[pick.choice(4, p=shares[[1, 0, 2, 3]])]) for name in names]
             plan = [pair for pair in plan if pair in scores]
-            with swapped(model, {name: module for pair in plan for name, module in made[pair].items()}):
+            with Swap(model, {name: module for pair in plan for name, module in made[pair].items()}):
                 true.append(compare(model, held_out, None).divergence())
             predicted.append(sum(scores[pair] for pair in plan))
     assert np.corrcoef(ranks(predicted), ranks(true))[0, 1] >= 0.97

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from autoplan.apply import put, stand_ins
+from autoplan.apply import Swap, stand_ins
 from autoplan.errors import AutoplanError
 from autoplan.layers import PlannedLinear
 from autoplan.siblings import Siblings, join
@@ -55,7 +55,7 @@ class Three(nn.Module):
 def planned(candidate: str, program: str, fuse: bool = True, seed: int = 0) -> Three:
     model = Three(seed)
     for name in NAMES:
-        put(model, stand_ins(model, (name,), candidate, program))
+        Swap(model, stand_ins(model, (name,), candidate, program)).exchange()
     if fuse:
         join("q+k+v", layers(model), program)
     return model
