@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autoplan.candidates import Candidate, find_candidate
 from autoplan.kernels import packing
-from autoplan.kernels.ops import Kernel, Packed, find_kernel
+from autoplan.kernels.ops import Kernel, Packed, call_linear, find_kernel
 from autoplan.layers import PlannedLinear, own_piece
 from autoplan.records import EAGER, Part, Shape
 from autoplan.siblings import Siblings
@@ -192,7 +192,7 @@ class _Part:
         )
         if inline is not None:
             return lambda x, *packed: inline(x, packed, bias, dtype)
-        return lambda x, *packed: torch.ops.autoplan.linear(x, packed, bias, program, size, dtype, "none")
+        return lambda x, *packed: call_linear(x, packed, bias, program, size, dtype)
 
 
 def _lowered(graph: Graph, x: Tensor, packed: Packed) -> Graph:

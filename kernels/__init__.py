@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autoplan.kernels import cpu, cuda, native  # noqa: F401  (register their kernels)
+from autoplan.kernels import cpu, cuda, inductor, native  # noqa: F401  (register what they have)
 from autoplan.kernels.ops import Kernel, LinearSpec, find_kernel, register_kernel
 
 __all__ = ["Kernel", "LinearSpec", "find_kernel", "register_kernel"]

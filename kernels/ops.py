@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,11 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoplan.errors import KernelError
-from autoplan.kernels import activations
 from autoplan.kernels.packing import Canonical, dequantize
 
 Packed = Sequence[Tensor]
 Run = Callable[[Tensor, Packed, Tensor | None, torch.dtype], Tensor]
+Into = Callable[[Tensor, Packed, Tensor | None, Tensor, str], None]
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {  # in the order of `enum Activation` in native/simd.h
+    "none": lambda y: y,
+    "relu": lambda y: F.relu(y),
+    "silu": lambda y: F.silu(y),
+    "gelu": lambda y: F.gelu(y),
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +74,8 @@ class Kernel:
     fuse with their neighbours (the matrix product itself stays a custom op), for compiled graphs; all else runs whole
     behind the op `autoplan::linear`.
 
-    `activated`, where a kernel has it, is `run` with the name of an activation function that is applied to what it
-    returns (see `activations`).
+    `into(x, packed, bias, out, activation)`, where a kernel has it, writes what `run` returns into `out`, after the
+    function that ACTIVATIONS has under that name.
 
     A kernel made for few rows says in `most_rows` up to how many; it runs more, but dequantizing the weight is faster.
 
@@ -83,7 +91,7 @@ class Kernel:
     probe: Callable[[], str | None]  # None, or why this machine cannot; run once, on first use
     run: Run
     inline: Run | None = None
-    activated: Callable[[Tensor, Packed, Tensor | None, torch.dtype, str], Tensor] | None = None
+    into: Into | None = None
     most_rows: int | None = None
     variants: Callable[[LinearSpec, int], Sequence[str]] | None = None
     configured: Callable[[str], Run] | None = None
@@ -176,23 +184,16 @@ def unpack_program(program: str, packed: Packed) -> Canonical:
     return kernels[0].layout.unpack(packed[slices[0]])
 
 
-def run_program(
-    x: Tensor, packed: Packed, bias: Tensor | None, program: str, dtype: torch.dtype, activation: str = "none"
-) -> Tensor:
-    """Run the kernel that `program` names for this many rows; `x` [rows, in_features], contiguous, rows >= 1."""
+def _step(program: str, packed: Packed, rows: int) -> tuple[Kernel, Packed]:
+    """The kernel that runs so many rows, and its packed tensors."""
     thresholds, kernels, slices = parse_program(program)
-    i = _step_at(thresholds, x.shape[0])
-    kernel, own = kernels[i], packed[slices[i]]
-    if activation == "none":
-        return kernel.run(x, own, bias, dtype)
-    if kernel.activated is None:
-        return activations.FUNCTIONS[activation](kernel.run(x, own, bias, dtype))
-    return kernel.activated(x, own, bias, dtype, activation)
+    i = _step_at(thresholds, rows)
+    return kernels[i], packed[slices[i]]
 
 
-def takes_activations(program: str) -> bool:
-    """Whether whatever kernel runs applies an activation function by itself."""
-    return all(kernel.activated is not None for kernel in parse_program(program)[1])
+def writes_in_place(program: str) -> bool:
+    """Whether whatever kernel runs writes into the output it is given, and takes activation functions."""
+    return all(kernel.into is not None for kernel in parse_program(program)[1])
 
 
 def kernel_at(program: str, rows: int) -> Kernel:
@@ -205,6 +206,37 @@ def _step_at(thresholds: tuple[int, ...], rows: int) -> int:
     return max(bisect.bisect_right(thresholds, rows) - 1, 0)
 
 
+def run_linear(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    program: str,
+    out_features: int,
+    dtype: torch.dtype,
+    activation: str = "none",
+) -> Tensor:
+    """What `autoplan::linear` computes: the kernel for so many rows on `x` [rows, in_features], then the activation."""
+    rows = x.shape[0]
+    kernel, own = _step(program, packed, rows)
+    if rows and kernel.into is None:
+        return ACTIVATIONS[activation](kernel.run(x, own, bias, dtype))
+    out = x.new_empty((rows, out_features), dtype=dtype)
+    if rows and kernel.into is not None:
+        kernel.into(x, own, bias, out, activation)
+    return out
+
+
+def run_linear_into(
+    x: Tensor, packed: Packed, bias: Tensor | None, program: str, out: Tensor, activation: str = "none"
+) -> None:
+    """The same, into `out` [rows, out_features], where the program `writes_in_place`."""
+    if rows := x.shape[0]:
+        kernel, own = _step(program, packed, rows)
+        if kernel.into is None:
+            raise KernelError(f"kernel {kernel.name!r} does not write into an output that it is given")
+        kernel.into(x, own, bias, out, activation)
+
+
 def call_linear(
     x: Tensor, packed: Packed, bias: Tensor | None, program: str, out_features: int, dtype: torch.dtype
 ) -> Tensor:
@@ -213,42 +245,22 @@ def call_linear(
     if watched or torch._C._len_torch_dispatch_stack():
         y: Tensor = torch.ops.autoplan.linear(x, packed, bias, program, out_features, dtype, "none")
         return y
-    return _linear(x, packed, bias, program, out_features, dtype, "none")
+    return run_linear(x, packed, bias, program, out_features, dtype)
 
 
 # The one op that any kernel can run behind. `packed` may hold oneDNN's opaque tensors, hence the second dispatch key.
-# Only Inductor's graphs give it an `activation` (see `activations`), where gradients have been taken care of.
+# Only Inductor's graphs give it an `activation` (see `inductor`), where gradients have been taken care of.
 _LIBRARY = torch.library.Library("autoplan", "FRAGMENT")
-_LIBRARY.define(
-    "linear(Tensor x, Tensor[] packed, Tensor? bias, str program, int out_features, ScalarType dtype, "
-    "str activation) -> Tensor"
-)
+tracing_watchers: list[Callable[[], None]] = []  # are called whenever a graph is traced through it
 
 
 def define_op(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
     """Define `autoplan::<schema>` with one implementation for strided and opaque tensors, and its shape function."""
     _LIBRARY.define(schema)
-    _implement(schema.partition("(")[0], run, fake)
-
-
-def _implement(name: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    name = schema.partition("(")[0]
     for key in ("CPU", "MkldnnCPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"autoplan::{name}", fake, lib=_LIBRARY)
-
-
-def _linear(
-    x: Tensor,
-    packed: Packed,
-    bias: Tensor | None,
-    program: str,
-    out_features: int,
-    dtype: torch.dtype,
-    activation: str,
-) -> Tensor:
-    if x.shape[0] == 0:
-        return x.new_empty((0, out_features), dtype=dtype)
-    return run_program(x, packed, bias, program, dtype, activation)
 
 
 def _linear_fake(
@@ -260,11 +272,17 @@ def _linear_fake(
     dtype: torch.dtype,
     activation: str,
 ) -> Tensor:
-    activations.install(takes_activations)  # this is where a graph is traced
+    for watcher in tracing_watchers:
+        watcher()
     return x.new_empty((x.shape[0], out_features), dtype=dtype)
 
 
-_implement("linear", _linear, _linear_fake)
+define_op(
+    "linear(Tensor x, Tensor[] packed, Tensor? bias, str program, int out_features, ScalarType dtype, "
+    "str activation) -> Tensor",
+    run_linear,
+    _linear_fake,
+)
 
 
 def _dense_weight(packed: Packed, program: str, size: Sequence[int], dtype: torch.dtype) -> Tensor:

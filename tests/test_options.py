@@ -11,7 +11,7 @@ from torch import nn
 from autoplan import Budget, Plan, apply_plan, make_plan, options, record
 from autoplan.candidates import find_candidate
 from autoplan.kernels import packing
-from autoplan.kernels.ops import pack_program, parse_program, run_program, unpack_program
+from autoplan.kernels.ops import pack_program, parse_program, run_linear, unpack_program
 from autoplan.kernels.reference import linear_float64, relative_error
 from autoplan.layers import PlannedLinear
 from autoplan.records import Call, Device, LayerProfile, Measurement, Option
@@ -78,8 +78,8 @@ def test_both_modes_run_on_one_copy_of_the_codes_where_they_share_a_layout() -> 
     assert packing.nbytes(packed) == 33 * 64 + 33 * 4
     x = torch.randn(12, 64)
     exact = linear_float64(x, canonical, None)
-    few = relative_error(run_program(x[:3], packed, None, program, torch.float32), exact[:3])
-    many = relative_error(run_program(x, packed, None, program, torch.float32), exact)
+    few = relative_error(run_linear(x[:3], packed, None, program, 33, torch.float32), exact[:3])
+    many = relative_error(run_linear(x, packed, None, program, 33, torch.float32), exact)
     assert few < 1e-6 < 1e-3 < many < 0.03  # the activations are rounded to int8 in one of them only
 
 
@@ -95,9 +95,9 @@ def test_a_kernel_for_few_rows_leaves_many_to_the_dequantized_weight(candidate: 
     packed = pack_program(program, canonical)
     assert unpack_program(program, packed).keys() == canonical.keys()
     x, bias = torch.randn(140, 96), torch.randn(48)
-    y = run_program(x, packed, bias, program, torch.float32)
+    y = run_linear(x, packed, bias, program, 48, torch.float32)
     assert relative_error(y, linear_float64(x, canonical, bias)) < 1e-6  # the kernel itself computes in bfloat16
-    assert relative_error(run_program(x[:5], packed, bias, program, torch.float32), y[:5]) > 1e-4
+    assert relative_error(run_linear(x[:5], packed, bias, program, 48, torch.float32), y[:5]) > 1e-4
 
 
 def test_many_rows_beyond_those_seen_are_left_to_the_dequantized_weight_and_where_it_was_timed_it_stays() -> None:

@@ -5,146 +5,131 @@ int8 weights lie in tiles (see product.h), one layout for both kernels that run 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from autoplan.errors import KernelError
-from autoplan.kernels import activations, ops
+from autoplan.kernels import ops
 from autoplan.kernels.native.build import library
 from autoplan.kernels.packing import Canonical, quantize_int4, quantize_per_channel
 from autoplan.kernels.reference import linear_float64, relative_error
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of simd.h
-_ACTIVATIONS = {name: code for code, name in enumerate(activations.FUNCTIONS)}  # enum Activation of simd.h
-_FEW_ROWS = 6  # up to so many, weight-only kernels compute in float32 and read the weights once
+_ACTIVATIONS = {name: code for code, name in enumerate(ops.ACTIVATIONS)}  # enum Activation of simd.h
 
-# Layouts. The last tensor of each is empty: its shape says out_features and in_features, which tiles are padded beyond.
+# Layouts: one tensor of bytes, as `struct Packed` of product.h says. So a call passes one address for a whole weight,
+# and a compiled model has one tensor a layer to check and hand on.
+
+_HEADER = 64  # bytes: out_features, in_features, group_size, and where the parts begin
+_ALIGNMENT = 64
+
+
+def _join(sizes: tuple[int, int, int], *parts: Tensor) -> tuple[Tensor]:
+    """A header and these parts, in one tensor."""
+    begins, end = [], _HEADER
+    for part in parts:
+        begins.append(end)
+        end += -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
+    joined = torch.zeros(end, dtype=torch.int8, device=parts[0].device)
+    joined[: 8 * (len(sizes) + len(parts))].view(torch.int64).copy_(torch.tensor([*sizes, *begins]))
+    for begin, part in zip(begins, parts, strict=True):
+        joined[begin : begin + part.nbytes].copy_(part.contiguous().flatten().view(torch.int8))
+    return (joined,)
+
+
+def _sizes(packed: ops.Packed) -> tuple[int, int, int]:
+    out_features, in_features, group_size = packed[0][:24].view(torch.int64).tolist()
+    return out_features, in_features, group_size
+
+
+def _part(packed: ops.Packed, place: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A part that has been joined: a view."""
+    begin = int(packed[0][24:_HEADER].view(torch.int64)[place])
+    return packed[0][begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def _padded(codes: Tensor, in_multiple: int) -> Tensor:
     """With zeros, to whole strips of 32 output channels and to a multiple of `in_multiple` along in_features."""
     out_features, in_features = codes.shape
-    padded = codes.new_zeros(-(-out_features // 32) * 32, -(-in_features // in_multiple) * in_multiple)
+    padded = codes.new_zeros(_round_up(out_features, 32), _round_up(in_features, in_multiple))
     padded[:out_features, :in_features] = codes
     return padded
 
 
-def _tiles(codes: Tensor) -> Tensor:
-    """int8 [out, in] -> [out / 16, in / 64, 16, 64]: four codes of each of 16 channels, side by side."""
-    padded = _padded(codes, 64)
-    tiles = padded.view(padded.shape[0] // 16, 16, padded.shape[1] // 64, 16, 4).permute(0, 2, 3, 1, 4)
-    return tiles.flatten(3).contiguous()
-
-
-def _untile(tiles: Tensor, size: torch.Size) -> Tensor:
-    columns, steps = tiles.shape[:2]
-    rows = tiles.view(columns, steps, 16, 16, 4).permute(0, 3, 1, 2, 4).reshape(columns * 16, steps * 64)
-    return rows[: size[1], : size[2]].contiguous()
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _pack_int8(canonical: Canonical) -> tuple[Tensor, ...]:
+    """Codes [out / 16, in / 64, 16, 64]: four codes of each of 16 channels, side by side."""
     codes, scale = canonical["codes"], canonical["scale"]
+    padded = _padded(codes, 64)
+    tiles = padded.view(padded.shape[0] // 16, 16, padded.shape[1] // 64, 16, 4).permute(0, 2, 3, 1, 4)
     start = codes.sum(dim=1, dtype=torch.int32).mul_(-128)  # what unsigned activations are too large by
-    columns = (_padded(tensor[:, None], 1).flatten() for tensor in (scale, start))
-    return _tiles(codes), *columns, codes.new_empty((0, *codes.shape))
+    return _join((*codes.shape, codes.shape[1]), tiles, _padded(scale[:, None], 1), _padded(start[:, None], 1))
 
 
 def _unpack_int8(packed: ops.Packed) -> Canonical:
-    tiles, scale, _, size = packed
-    return {"codes": _untile(tiles, size.shape), "scale": scale[: size.shape[1]].clone()}
+    out_features, in_features, _ = _sizes(packed)
+    columns, steps = _round_up(out_features, 32) // 16, _round_up(in_features, 64) // 64
+    tiles = _part(packed, 0, (columns, steps, 16, 16, 4), torch.int8)
+    codes = tiles.permute(0, 3, 1, 2, 4).reshape(columns * 16, steps * 64)[:out_features, :in_features]
+    return {"codes": codes.contiguous(), "scale": _part(packed, 1, (out_features,), torch.float32).clone()}
 
 
 def _pack_int4(canonical: Canonical) -> tuple[Tensor, ...]:
     """Bytes [out / 16, in / 8, 16, 4]: eight codes of each of 16 channels, side by side, the first in the low half."""
     codes, scale, zero_point = canonical["codes"], canonical["scale"], canonical["zero_point"]
     padded = _padded(codes, 4)
-    lines = padded.view(padded.shape[0] // 16, 16, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
-    size = codes.new_empty((0, codes.shape[0], 2 * codes.shape[1]))
-    return lines, _columns(scale), _columns(zero_point), size
+    lines = padded.view(padded.shape[0] // 16, 16, padded.shape[1] // 4, 4).transpose(1, 2)
+    sizes = (codes.shape[0], 2 * codes.shape[1], 2 * codes.shape[1] // scale.shape[1])
+    return _join(sizes, lines, _columns(scale), _columns(zero_point))
 
 
 def _columns(values: Tensor) -> Tensor:
     """[out, groups] -> [out / 16, groups, 16]: what one pass over the lines of 16 channels needs, side by side."""
     padded = _padded(values, 1)
-    return padded.view(-1, 16, padded.shape[1]).transpose(1, 2).contiguous()
+    return padded.view(-1, 16, padded.shape[1]).transpose(1, 2)
 
 
 def _unpack_int4(packed: ops.Packed) -> Canonical:
-    lines, scale, zero_point, size = packed
-    codes = lines.transpose(1, 2).reshape(lines.shape[0] * 16, -1)
-    out_features, in_features = size.shape[1:]
-    return {
-        "codes": codes[:out_features, : in_features // 2].contiguous(),
-        "scale": scale.transpose(1, 2).flatten(0, 1)[:out_features].contiguous(),
-        "zero_point": zero_point.transpose(1, 2).flatten(0, 1)[:out_features].contiguous(),
-    }
+    out_features, in_features, group_size = _sizes(packed)
+    columns, groups = _round_up(out_features, 32) // 16, in_features // group_size
+    lines = _part(packed, 0, (columns, _round_up(in_features, 8) // 8, 16, 4), torch.uint8)
+    codes = lines.transpose(1, 2).reshape(columns * 16, -1)[:out_features, : in_features // 2].contiguous()
+
+    def rows(place: int, dtype: torch.dtype) -> Tensor:
+        values = _part(packed, place, (columns, groups, 16), dtype)
+        return values.transpose(1, 2).reshape(columns * 16, groups)[:out_features].contiguous()
+
+    return {"codes": codes, "scale": rows(1, torch.float32), "zero_point": rows(2, torch.uint8)}
 
 
-_INT8_TILES = ops.Layout("int8_tiles", 4, _pack_int8, _unpack_int8)
-_INT4_LINES = ops.Layout("int4_lines", 4, _pack_int4, _unpack_int4)
+_INT8_TILES = ops.Layout("int8_tiles", 1, _pack_int8, _unpack_int8)
+_INT4_LINES = ops.Layout("int4_lines", 1, _pack_int4, _unpack_int4)
 
 
-# Kernels
+# Kernels.
 
 
-def _bias(bias: Tensor | None) -> tuple[int | None, int]:
-    """Its address and its dtype, as the C++ takes them."""
-    return (None, 0) if bias is None else (bias.data_ptr(), _CODES[bias.dtype])
+def _register(name: str, layout: ops.Layout, function: str, canonical: Callable[[Tensor], Canonical]) -> None:
+    def into(x: Tensor, packed: ops.Packed, bias: Tensor | None, out: Tensor, activation: str) -> None:
+        if x.dtype is not out.dtype:
+            x = x.to(out.dtype)
+        bias_at, bias_dtype = (None, 0) if bias is None else (bias.data_ptr(), _CODES[bias.dtype])
+        getattr(library(), function)(
+            x.data_ptr(), packed[0].data_ptr(), bias_at, out.data_ptr(), out.shape[0], _CODES[out.dtype], bias_dtype,
+            _ACTIVATIONS[activation], torch.get_num_threads(),
+        )  # fmt: skip
 
+    def run(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        out = torch.empty((x.shape[0], _sizes(packed)[0]), dtype=dtype)
+        into(x, packed, bias, out, "none")
+        return out
 
-def _int8_dynamic(
-    x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype, activation: str = "none"
-) -> Tensor:
-    tiles, scale, start, size = packed
-    x = x.to(dtype)
-    y = torch.empty((x.shape[0], size.shape[1]), dtype=dtype)
-    at, bias_dtype = _bias(bias)
-    library().autoplan_int8_dynamic(
-        x.data_ptr(), tiles.data_ptr(), scale.data_ptr(), start.data_ptr(), at, y.data_ptr(), *y.shape, size.shape[2],
-        _CODES[dtype], bias_dtype, _ACTIVATIONS[activation], torch.get_num_threads(),
-    )  # fmt: skip
-    return y
-
-
-def _int8_weight(
-    x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype, activation: str = "none"
-) -> Tensor:
-    tiles, scale, _, size = packed
-    x = x.to(dtype)
-    y = torch.empty((x.shape[0], size.shape[1]), dtype=dtype)
-    at, bias_dtype = _bias(bias)
-    library().autoplan_int8_weight(
-        x.data_ptr(), tiles.data_ptr(), scale.data_ptr(), at, y.data_ptr(), *y.shape, size.shape[2],
-        _FEW_ROWS, _CODES[dtype], bias_dtype, _ACTIVATIONS[activation], torch.get_num_threads(),
-    )  # fmt: skip
-    return y
-
-
-def _int4_weight(
-    x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype, activation: str = "none"
-) -> Tensor:
-    lines, scale, zero_point, size = packed
-    x = x.to(dtype)
-    y = torch.empty((x.shape[0], size.shape[1]), dtype=dtype)
-    at, bias_dtype = _bias(bias)
-    library().autoplan_int4_weight(
-        x.data_ptr(), lines.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), at, y.data_ptr(), *y.shape,
-        size.shape[2], size.shape[2] // scale.shape[1], _FEW_ROWS, _CODES[dtype], bias_dtype,
-        _ACTIVATIONS[activation], torch.get_num_threads(),
-    )  # fmt: skip
-    return y
-
-
-class _Run(Protocol):
-    def __call__(
-        self, x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype, activation: str = "none"
-    ) -> Tensor: ...
-
-
-def _register(name: str, layout: ops.Layout, run: _Run, canonical: Callable[[Tensor], Canonical]) -> None:
     def supports(spec: ops.LinearSpec) -> str | None:
         return None if spec.dtype in _CODES else f"input dtype {spec.dtype} is not float32, bfloat16 or float16"
 
@@ -165,7 +150,7 @@ def _register(name: str, layout: ops.Layout, run: _Run, canonical: Callable[[Ten
         return None
 
     ops.register_kernel(
-        ops.Kernel(name=name, devices=("cpu",), layout=layout, supports=supports, probe=probe, run=run, activated=run)
+        ops.Kernel(name=name, devices=("cpu",), layout=layout, supports=supports, probe=probe, run=run, into=into)
     )
 
 
@@ -173,6 +158,6 @@ def _quantize_int8(weight: Tensor) -> Canonical:
     return quantize_per_channel(weight, torch.int8)
 
 
-_register("fused_int8", _INT8_TILES, _int8_dynamic, _quantize_int8)
-_register("tiled_int8", _INT8_TILES, _int8_weight, _quantize_int8)
-_register("tiled_int4", _INT4_LINES, _int4_weight, lambda weight: quantize_int4(weight, 32))
+_register("fused_int8", _INT8_TILES, "autoplan_int8_dynamic", _quantize_int8)
+_register("tiled_int8", _INT8_TILES, "autoplan_int8_weight", _quantize_int8)
+_register("tiled_int4", _INT4_LINES, "autoplan_int4_weight", lambda weight: quantize_int4(weight, 32))

@@ -23,11 +23,8 @@ from autoplan.errors import KernelError
 _SOURCES = ("int8_dynamic.cpp", "weight_only.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_FUNCTIONS = {
-    "autoplan_int8_dynamic": [_P, _P, _P, _P, _P, _P, _N, _N, _N, _I, _I, _I, _I],
-    "autoplan_int8_weight": [_P, _P, _P, _P, _P, _N, _N, _N, _I, _I, _I, _I, _I],
-    "autoplan_int4_weight": [_P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _I, _I, _I, _I, _I],
-}
+_FUNCTIONS = ("autoplan_int8_dynamic", "autoplan_int8_weight", "autoplan_int4_weight")
+_ARGUMENTS = (_P, _P, _P, _P, _N, _I, _I, _I, _I)  # x, packed, bias, out, rows, dtype, its bias's, activation, threads
 
 
 @functools.cache
@@ -39,9 +36,9 @@ def library(*flags: str) -> ctypes.CDLL:
     if missing := {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"} - features:
         raise KernelError(f"this CPU lacks {', '.join(sorted(missing))}")
     loaded = ctypes.CDLL(str(_binary(features, flags)))
-    for name, arguments in _FUNCTIONS.items():
+    for name in _FUNCTIONS:
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = _ARGUMENTS, None
     if not loaded.autoplan_available():
         raise KernelError("the operating system does not grant the AMX tile registers")
     return loaded

@@ -81,16 +81,11 @@ void run(const void* x, const char* weight, const int32_t* start, Epilogue e, in
 
 extern "C" int autoplan_available() { return product_available(); }
 
-// y [rows, out_features] = x [rows, in_features] times weight; `weight` and `start` as packed by __init__.py.
-extern "C" void autoplan_int8_dynamic(const void* x, const char* weight, const float* scale, const int32_t* start,
-                                      const void* bias, void* y, int64_t rows, int64_t out_features,
-                                      int64_t in_features, int dtype, int bias_dtype, int activation, int threads) {
-  threads = team_for(rows, out_features, in_features, threads);
-  const Epilogue e = {nullptr, scale, bias, bias_dtype, y, out_features, 1, activation};
-  if (dtype == FLOAT32)
-    run<FLOAT32>(x, weight, start, e, rows, in_features, threads);
-  else if (dtype == BFLOAT16)
-    run<BFLOAT16>(x, weight, start, e, rows, in_features, threads);
-  else
-    run<FLOAT16>(x, weight, start, e, rows, in_features, threads);
+// out [rows, out_features] = activation(x [rows, in_features] times the weight, plus the bias or null).
+extern "C" void autoplan_int8_dynamic(const void* x, const Packed* packed, const void* bias, void* out, int64_t rows,
+                                      int dtype, int bias_dtype, int activation, int threads) {
+  const Epilogue e = {nullptr, packed->scale(), bias, bias_dtype, out, packed->out_features, 1, activation};
+  const auto run_as = dtype == FLOAT32 ? run<FLOAT32> : dtype == BFLOAT16 ? run<BFLOAT16> : run<FLOAT16>;
+  threads = team_for(rows, packed->out_features, packed->in_features, threads);
+  run_as(x, packed->codes(), (const int32_t*)packed->offset(), e, rows, packed->in_features, threads);
 }

@@ -177,41 +177,37 @@ void run_many(const void* x, const Weight& w, const Epilogue& e, int64_t rows, i
   }
 }
 
+constexpr int64_t FEW_ROWS = 6;
+
 template <class Kind, int DTYPE>
-void run(const void* x, const Weight& w, Epilogue e, int64_t rows, int64_t in_features, int few, int threads) {
-  if (rows <= few) return run_few<Kind, DTYPE>(x, w, e, rows, in_features, threads);
+void run(const void* x, const Weight& w, Epilogue e, int64_t rows, int64_t in_features, int threads) {
+  if (rows <= FEW_ROWS) return run_few<Kind, DTYPE>(x, w, e, rows, in_features, threads);
   if (!w.zero_point) e.scale = w.scale, e.unit = Kind::unit;
   run_many<Kind, DTYPE>(x, w, e, rows, in_features, threads);
 }
 
 template <class Kind>
-void run(const void* x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int few, int dtype,
-         int threads) {
-  if (dtype == FLOAT32)
-    run<Kind, FLOAT32>(x, w, e, rows, in_features, few, threads);
-  else if (dtype == BFLOAT16)
-    run<Kind, BFLOAT16>(x, w, e, rows, in_features, few, threads);
-  else
-    run<Kind, FLOAT16>(x, w, e, rows, in_features, few, threads);
+void run(const void* x, const Weight& w, const Packed& packed, const void* bias, void* out, int64_t rows, int dtype,
+         int bias_dtype, int activation, int threads) {
+  const Epilogue e = {nullptr, nullptr, bias, bias_dtype, out, packed.out_features, 1, activation};
+  const auto run_as = dtype == FLOAT32 ? run<Kind, FLOAT32> : dtype == BFLOAT16 ? run<Kind, BFLOAT16> : run<Kind, FLOAT16>;
+  threads = team_for(rows, packed.out_features, packed.in_features, threads);
+  run_as(x, w, e, rows, packed.in_features, threads);
 }
 
 }  // namespace
 
-// y [rows, out_features] = x [rows, in_features] times the int8 weight, by its few-rows way up to `few` rows.
-extern "C" void autoplan_int8_weight(const void* x, const char* lines, const float* scale, const void* bias, void* y,
-                                     int64_t rows, int64_t out_features, int64_t in_features, int few, int dtype,
-                                     int bias_dtype, int activation, int threads) {
-  threads = team_for(rows, out_features, in_features, threads);
-  const int64_t padded = ceil_div(in_features, 64) * 64;
-  const Weight w = {lines, scale, nullptr, padded, padded};
-  run<Int8Weight>(x, w, {nullptr, nullptr, bias, bias_dtype, y, out_features, 1, activation}, rows, in_features, few, dtype, threads);
+// As autoplan_int8_dynamic.
+extern "C" void autoplan_int8_weight(const void* x, const Packed* packed, const void* bias, void* out, int64_t rows,
+                                     int dtype, int bias_dtype, int activation, int threads) {
+  const int64_t padded = ceil_div(packed->in_features, 64) * 64;
+  const Weight w = {packed->codes(), packed->scale(), nullptr, padded, padded};
+  run<Int8Weight>(x, w, *packed, bias, out, rows, dtype, bias_dtype, activation, threads);
 }
 
-// The same for an int4 weight in groups of `group_size`, a multiple of 16 that divides in_features.
-extern "C" void autoplan_int4_weight(const void* x, const char* lines, const float* scale, const uint8_t* zero_point,
-                                     const void* bias, void* y, int64_t rows, int64_t out_features, int64_t in_features,
-                                     int64_t group_size, int few, int dtype, int bias_dtype, int activation, int threads) {
-  threads = team_for(rows, out_features, in_features, threads);
-  const Weight w = {lines, scale, zero_point, in_features, group_size};
-  run<Int4Weight>(x, w, {nullptr, nullptr, bias, bias_dtype, y, out_features, 1, activation}, rows, in_features, few, dtype, threads);
+// The same, in groups of `group_size`, a multiple of 16 that divides in_features.
+extern "C" void autoplan_int4_weight(const void* x, const Packed* packed, const void* bias, void* out, int64_t rows,
+                                     int dtype, int bias_dtype, int activation, int threads) {
+  const Weight w = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(), packed->in_features, packed->group_size};
+  run<Int4Weight>(x, w, *packed, bias, out, rows, dtype, bias_dtype, activation, threads);
 }

@@ -205,7 +205,7 @@ def test_a_variant_of_a_kernel_is_a_kernel_of_its_own() -> None:
     register_kernel(base)
     x, weight = torch.randn(3, 8), torch.randn(5, 8)
     packed = ops.pack_program("1:tests.with_variants@double", {"weight": weight})
-    y = ops.run_program(x, packed, None, "1:tests.with_variants@double", torch.float32)
+    y = ops.run_linear(x, packed, None, "1:tests.with_variants@double", 5, torch.float32)
     torch.testing.assert_close(y, 2 * x @ weight.T)
     assert find_kernel("tests.with_variants@double").rejects(LinearSpec(8, 5, torch.float32)) is None
     with pytest.raises(KernelError, match="no such config: triple"):

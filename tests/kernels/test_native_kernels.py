@@ -13,6 +13,7 @@ from autoplan.kernels import find_kernel, native, packing
 from autoplan.kernels.native import build
 from autoplan.kernels.reference import linear_float64, relative_error
 
+FEW_ROWS = 6  # of weight_only.cpp
 KERNELS = ("fused_int8", "tiled_int8", "tiled_int4")
 NO_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
 INSTRUCTION_SETS = {
@@ -62,7 +63,7 @@ def test_every_path_is_close_to_float64(name: str, dtype: torch.dtype) -> None:
             x = torch.randn(rows, in_features).to(dtype)
             error = relative_error(kernel.run(x, packed, bias, dtype), linear_float64(x, stored, bias))
             # int8 activations; or bfloat16 ones, beyond a few rows, times int4 weights rounded to bfloat16
-            bound = 0.02 if name == "fused_int8" else 5e-3 if rows > native._FEW_ROWS else 1e-6
+            bound = 0.02 if name == "fused_int8" else 5e-3 if rows > FEW_ROWS else 1e-6
             assert error <= bound + TOLERANCES[dtype], (out_features, in_features, rows, error)
 
 

@@ -1,8 +1,12 @@
-"""Activation functions taken into the layer before them when a model is compiled."""
+"""What Inductor makes of planned layers: activation functions in them, and calls that go round the dispatcher."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoplan.candidates import find_candidate
-from autoplan.kernels import activations, find_kernel, ops, packing
+from autoplan.kernels import find_kernel, ops, packing
 from autoplan.layers import PlannedLinear
 
 _MISSING = find_kernel("fused_int8").probe()
@@ -36,13 +40,18 @@ class Block(nn.Module):
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The activations of all layers that a compiled graph runs, in their order."""
     found: list[str] = []
-    run = ops.run_program
 
-    def watched(x: Tensor, packed: Any, bias: Any, program: str, dtype: torch.dtype, activation: str) -> Tensor:
-        found.append(activation)
-        return run(x, packed, bias, program, dtype, activation)
+    def watch(name: str) -> None:
+        run = getattr(ops, name)
 
-    monkeypatch.setattr(ops, "run_program", watched)
+        def watched(*args: Any) -> Any:
+            found.append(args[-1])
+            return run(*args)
+
+        monkeypatch.setattr(ops, name, watched)
+
+    watch("run_linear")
+    watch("run_linear_into")
     torch.compiler.reset()
     return found
 
@@ -61,11 +70,12 @@ def test_kernels_apply_them_to_what_they_return(name: str, rows: int, dtype: tor
         packing.quantize_int4(weight, 64) if name == "tiled_int4" else packing.quantize_per_channel(weight, torch.int8)
     )
     packed, bias, x = kernel.layout.pack(stored), torch.randn(70), 0.3 * torch.randn(rows, 128).to(dtype)
-    assert kernel.activated is not None
+    assert kernel.into is not None
     exact = kernel.run(x.float(), packed, bias, torch.float32)
     assert exact.abs().max() > 6  # into the tails
-    for activation, function in activations.FUNCTIONS.items():
-        y = kernel.activated(x, packed, bias, dtype, activation)
+    for activation, function in ops.ACTIVATIONS.items():
+        y = torch.full((rows, 70), torch.nan, dtype=dtype)
+        kernel.into(x, packed, bias, y, activation)
         torch.testing.assert_close(y, function(exact).to(dtype), atol=4e-6 if dtype == torch.float32 else 2e-2, rtol=0)
 
 
@@ -74,9 +84,10 @@ def test_not_a_number_stays_one() -> None:
     packed = kernel.layout.pack(packing.quantize_per_channel(torch.randn(64, 32), torch.int8))
     x = torch.randn(40, 32)
     x[1, 3] = torch.nan
-    assert kernel.activated is not None
-    for activation in activations.FUNCTIONS:
-        y = kernel.activated(x, packed, None, torch.float32, activation)
+    assert kernel.into is not None
+    for activation in ops.ACTIVATIONS:
+        y = torch.zeros(40, 64)
+        kernel.into(x, packed, None, y, activation)
         assert y[1].isnan().all()
         assert y[0].isfinite().all()
 
@@ -139,8 +150,8 @@ def test_a_gate_has_its_activation_and_its_partner_none(seen: list[str]) -> None
 
 
 def test_kernels_that_cannot_are_left_to_inductor(seen: list[str]) -> None:
-    assert ops.takes_activations("1:tiled_int8,7:fused_int8")
-    assert not ops.takes_activations("1:fused_int8,7:int_mm")
+    assert ops.writes_in_place("1:tiled_int8,7:fused_int8")
+    assert not ops.writes_in_place("1:fused_int8,7:int_mm")
     block = Block(nn.GELU(), "1:fused_int8,7:int_mm")
     with torch.no_grad():
         compiled(block, torch.randn(5, 32))
@@ -167,3 +178,80 @@ def test_gradients_through_an_activation_are_refused() -> None:
     layer, x = planned(64, 32), torch.randn(8, 32, requires_grad=True)
     with pytest.raises(RuntimeError, match="'gelu' is for graphs that need no gradients"):
         torch.ops.autoplan.linear(x, layer._packed, layer.bias, layer.program, 64, torch.float32, "gelu")
+
+
+# Calls.
+
+
+def code_of(model: Callable[..., Any], *args: Tensor) -> str:
+    """The code that Inductor writes for it."""
+    from torch._inductor.utils import run_and_get_code
+
+    _, code = run_and_get_code(model, *args)
+    return "\n".join(code)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "program", "call"),
+    [
+        ("int8_dynamic", "1:fused_int8", "linear_into("),
+        ("int8_dynamic", "1:int_mm", "linear("),
+        ("bf16", "1:linear,7:onednn", "linear("),  # oneDNN's opaque tensors
+        ("int4_g32", "1:tiled_int4,7:dequantize", "linear("),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_graph_calls_kernels_and_not_the_op(candidate: str, program: str, call: str, bias: bool) -> None:
+    kernel = find_kernel(program.partition(",")[0].partition(":")[2])
+    if missing := kernel.probe():
+        pytest.skip(missing)
+    linear, x = nn.Linear(64, 48, bias=bias).requires_grad_(False), torch.randn(2, 5, 64)
+    layer = PlannedLinear.from_linear("layer", linear, find_candidate(candidate), program)
+    torch.compiler.reset()
+    model = torch.compile(nn.Sequential(nn.Tanh(), layer, nn.Tanh()), fullgraph=True)
+    with torch.no_grad():
+        code = code_of(model, x)
+        assert f"autoplan_inductor.{call}" in code
+        assert "ops.autoplan.linear.default(" not in code
+        torch.testing.assert_close(model(x), torch.tanh(layer(torch.tanh(x))), atol=1e-2, rtol=0)
+
+
+def test_any_number_of_rows_runs_in_one_graph() -> None:
+    torch.compiler.reset()
+    layer = planned(64, 32, "1:tiled_int8,7:fused_int8")
+    model = torch.compile(nn.Sequential(nn.Tanh(), layer), fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for rows in (3, 40, 8, 0):
+            x = torch.randn(rows, 32)
+            torch.testing.assert_close(model(x), layer(torch.tanh(x)), atol=1e-3, rtol=0)
+
+
+def test_where_the_graph_is_in_c_the_op_is_called() -> None:
+    torch.compiler.reset()
+    block, x = Block(nn.GELU()), torch.randn(5, 32)
+    model = torch.compile(block, fullgraph=True, options={"cpp_wrapper": True})
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), block(x), atol=0.03, rtol=0)
+
+
+def test_a_graph_from_the_cache_of_an_earlier_process_runs(tmp_path: Path) -> None:
+    script = """
+import torch, torch._dynamo.utils
+from torch import nn
+from autoplan.candidates import find_candidate
+from autoplan.layers import PlannedLinear
+torch.manual_seed(0)
+layer = PlannedLinear.from_linear("layer", nn.Linear(32, 64), find_candidate("int8_dynamic"), "1:fused_int8")
+with torch.no_grad():
+    y = torch.compile(nn.Sequential(layer, nn.GELU(), nn.Tanh()))(torch.ones(3, 32))
+print(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"], float(y.sum()))
+"""
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        said.append(done.stdout.split())
+    assert [hits for hits, _ in said] == ["0", "1"]
+    assert said[0][1] == said[1][1]
