@@ -153,6 +153,7 @@ class Match:
         self.setup: dict[str, float] = {}
         self.answers: dict[str, list[Tensor]] = {}
         self.warm_ms: dict[tuple[str, str], float] = {}  # of a call, by peer and scenario
+        self.ours: dict[str, timing.Timing] = {}  # against the baseline, by scenario
 
     def play(self) -> None:
         rows = self.rows()
@@ -220,8 +221,10 @@ class Match:
         return True
 
     def race(self, scenario: Scenario, held: Sequence[str], rivals: Sequence[str], report: Sequence[str]) -> None:
+        """Race the rivals beside those who are held: beside ours alone, once its ratio to the baseline is known."""
         baseline_ms = self.warm_ms[BASELINE, scenario.name]
-        quick = [n for n in (*held, *rivals) if self.warm_ms[n, scenario.name] < TOO_SLOW * baseline_ms]
+        racing = [*([OURS] if scenario.name in self.ours else held), *rivals]
+        quick = [name for name in racing if self.warm_ms[name, scenario.name] < TOO_SLOW * baseline_ms]
         done = {row["peer"] for row in self.rows() if row["scenario"] == scenario.name}
         self.trying(None)
         to_float, to_ours = self.compare(scenario, quick)
@@ -251,16 +254,24 @@ class Match:
             note(self.arguments.journal, row=row)
 
     def compare(self, scenario: Scenario, names: Sequence[str]) -> tuple[Timings, Timings]:
-        """The race of `names`, read against the baseline and against ours; it lasts as long as an interval takes."""
+        """The race of `names`, read against the baseline and against ours; it lasts as long as an interval takes.
+
+        Where the baseline does not race, what ours is to it is multiplied by what each is to ours.
+        """
         calls = {name: bound(self.made[name], scenario.name, scenario.judged[0]) for name in names}
         ms = {name: self.warm_ms[name, scenario.name] for name in names}
-        a_round = sum(ms.values()) * math.ceil(SAMPLE_US / 1e3 / ms[BASELINE]) / 1e3
-        seconds = max(self.arguments.seconds, 1.2 * (MIN_ROUNDS + 2) * a_round)
         baselines = [name for name in (BASELINE, OURS) if name in names]
+        a_round = sum(ms.values()) * math.ceil(SAMPLE_US / 1e3 / ms[baselines[0]]) / 1e3
+        seconds = max(self.arguments.seconds, 1.2 * (MIN_ROUNDS + 2) * a_round)
         found = timing.compare_with_each(
             calls, baselines=baselines, min_rounds=MIN_ROUNDS, max_seconds=seconds, min_batch_us=SAMPLE_US
         )
-        return found[BASELINE], found.get(OURS, {})
+        to_ours = found.get(OURS, {})
+        if BASELINE not in found:
+            return {name: chained(self.ours[scenario.name], to) for name, to in to_ours.items()}, to_ours
+        if OURS in found:
+            self.ours[scenario.name] = found[BASELINE][OURS]
+        return found[BASELINE], to_ours
 
     def row(self, scenario: Scenario, name: str) -> Row:
         made = self.made[name]
@@ -280,6 +291,17 @@ def split(peers: Sequence[Peer]) -> tuple[Peer, list[Peer], list[Peer]]:
 def batches(peers: Sequence[Peer], size: int) -> Iterator[Sequence[Peer]]:
     for start in range(0, max(1, len(peers)), size):
         yield peers[start : start + size]
+
+
+def chained(a_to_b: timing.Timing, c_to_a: timing.Timing) -> timing.Timing:
+    """What c is to b; the interval is that of both at their ends."""
+    return replace(
+        c_to_a,
+        baseline_us=a_to_b.baseline_us,
+        ratio=a_to_b.ratio * c_to_a.ratio,
+        ratio_low=a_to_b.ratio_low * c_to_a.ratio_low,
+        ratio_high=a_to_b.ratio_high * c_to_a.ratio_high,
+    )
 
 
 def bound(made: Made, scenario: str, inputs: Any) -> Any:

@@ -187,15 +187,18 @@ def test_the_scoreboard(script: ModuleType, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(validate, "_SECONDS", 0.1)
     monkeypatch.setattr(script, "TOO_SLOW", 1000.0)
     monkeypatch.setitem(sys.modules, "optimum.quanto", None)
-    arguments = ["--quick", "--workloads", "layers", "--peers", "bfloat16 eager", "quanto int8"]
+    monkeypatch.setattr(script, "batches", lambda peers, size: [[peer] for peer in peers])  # groups of one
+    arguments = ["--quick", "--workloads", "layers", "--peers", "bfloat16 eager", "bfloat16 compiled", "quanto int8"]
     assert script.main([*arguments, "--out", str(tmp_path)]) == 0
     rows = {row["peer"]: row for row in rows_of(tmp_path / "scoreboard-layers.csv")}
-    assert set(rows) == {"float32 eager", "autoplan balanced", "bfloat16 eager", "quanto int8"}
+    assert set(rows) == {"float32 eager", "autoplan balanced", "bfloat16 eager", "bfloat16 compiled", "quanto int8"}
     assert rows.pop("quanto int8")["note"].startswith("not run: ModuleNotFoundError")  # a library that is not here
     for row in rows.values():
         assert float(row["ms"]) > 0
         assert float(row["speedup_low"]) <= float(row["speedup"]) <= float(row["speedup_high"])
         assert row["torch"] == torch.__version__
+    second, ours = rows["bfloat16 compiled"], rows["autoplan balanced"]  # the second group's, and who was raced with it
+    assert float(second["speedup"]) == pytest.approx(float(ours["speedup"]) / float(second["ours"]), rel=1e-3)
     assert float(rows["float32 eager"]["relative_error"]) == 0
     assert 1e-7 < float(rows["bfloat16 eager"]["relative_error"]) < 1e-4  # 8 bits of mantissa, in a product of 64
     assert float(rows["bfloat16 eager"]["mib"]) == float(rows["float32 eager"]["mib"]) / 2
