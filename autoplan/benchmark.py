@@ -72,9 +72,11 @@ def measure(
 ) -> dict[Key, Measurement]:
     """Time what is wanted and not in the cache, one race per shape, plain `F.linear` in every round.
 
-    Once `seconds_left()` says none, what was not timed is absent from the answer.
+    Neighbours that differ in rows only share the quantized weights. Once `seconds_left()` says none, what was not timed
+    is absent from the answer.
     """
     found: dict[Key, Measurement] = {}
+    arms: Arms | None = None
     for done, (shape, contenders) in enumerate(wanted.items()):
         if progress:
             progress("timing", done, len(wanted))
@@ -89,8 +91,10 @@ def measure(
                 found[key] = measurement
         if not missing or seconds_left() <= 0:
             continue
-        measured = _race(shape, missing, seed, min(_RACE_SECONDS, seconds_left()))
+        arms = _arms(shape, seed, arms)
+        measured = _race(shape, missing, seed, min(_RACE_SECONDS, seconds_left()), arms)
         if shape.device == "cuda":
+            arms = None
             torch.cuda.empty_cache()  # the weight copies' memory: the user's again
         found.update({(shape, m.candidate, m.kernel): m for m in measured})
         if cache:
@@ -141,20 +145,31 @@ def _from_record(shape: Shape, value: Mapping[str, Any]) -> Measurement | None:
     return measurement if sound and measurement.ratio > 0 else None
 
 
-def _race(shape: Shape, contenders: Sequence[Contender], seed: int, max_seconds: float) -> list[Measurement]:
-    """One race at one shape: random weights, as many copies of each as it takes to leave the caches.
-
-    At a shape with parts, the baseline is the parts one after another, and a contender the product of all.
-    """
+def _arms(shape: Shape, seed: int, last: Arms | None) -> Arms:
+    """What makes the arms at `shape`, of random weights: of those of the `last` race, if they are of the same size."""
     draw = functools.partial(
         torch.randn, generator=torch.Generator(shape.device).manual_seed(seed), device=shape.device
     )
-    weight_dtype, dtype = getattr(torch, shape.weight_dtype), getattr(torch, shape.dtype)
+    x = draw((shape.rows, shape.in_features)).to(getattr(torch, shape.dtype))
+    if last is not None and replace(last.shape, rows=shape.rows, parts=shape.parts) == shape:
+        last.shape, last.x = shape, x
+        return last
+    weight_dtype = getattr(torch, shape.weight_dtype)
     weight = (draw((shape.out_features, shape.in_features)) * 0.02).to(weight_dtype)
     bias = draw(shape.out_features).to(weight_dtype) if shape.has_bias else None
-    x = draw((shape.rows, shape.in_features)).to(dtype)
+    return Arms(shape, weight, bias, x, shared=shape.device == "cuda")
+
+
+def _race(
+    shape: Shape, contenders: Sequence[Contender], seed: int, max_seconds: float, arms_of: Arms | None = None
+) -> list[Measurement]:
+    """One race at one shape, with as many copies of each weight as it takes to leave the caches.
+
+    At a shape with parts, the baseline is the parts one after another, and a contender the product of all.
+    """
+    arms_of = arms_of or _arms(shape, seed, None)
+    weight = arms_of.weight
     on_gpu, first = shape.device == "cuda", APART if shape.parts else BASELINE
-    arms_of = Arms(shape, weight, bias, x, shared=on_gpu)
     failures: dict[tuple[str, str], str] = {}
     with torch.no_grad():
         makers: dict[tuple[str, str], Maker] = {first: arms_of.apart() if shape.parts else arms_of.plain()}

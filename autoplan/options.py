@@ -124,7 +124,7 @@ def with_times(menu: Menu, found: Mapping[Key, Measurement], rules: Rules) -> La
         baseline_us=baseline_us,
         chosen="none",
         reason="",
-        options=tuple(_gate(options, baseline_us, rules.pinned.get(profile.name), rules.wants_bytes)),
+        options=tuple(_gate(options, menu.kernels, baseline_us, rules.pinned.get(profile.name), rules.wants_bytes)),
         group=rules.group_of.get(profile.name, ""),
         siblings=profile.siblings,
     )
@@ -256,8 +256,13 @@ def _program(measurements: Sequence[Measurement]) -> str:
     return ",".join(f"{start}:{kernel}" for start, kernel in steps)
 
 
-def _gate(options: list[Option], baseline_us: float, pinned: str | None, wants_bytes: bool) -> list[Option]:
-    """Reject what cannot be worth its harm: not surely faster than the plain layer, or than `none` at its best."""
+def _gate(
+    options: list[Option], candidates: Iterable[Candidate], baseline_us: float, pinned: str | None, wants_bytes: bool
+) -> list[Option]:
+    """Reject what cannot be worth its harm: not surely faster than the plain layer, or than `none` at its best.
+
+    Nor are groups that are not faster, by the margin, than finer ones of the same recipe, which do less harm.
+    """
     if pinned is not None:
         return [
             option if option.candidate == pinned or option.rejected else replace(option, rejected=f"pinned to {pinned}")
@@ -278,4 +283,16 @@ def _gate(options: list[Option], baseline_us: float, pinned: str | None, wants_b
                     option, rejected=f"not faster than none on {kernel_names(none.program)}, which is exact"
                 )
         gated.append(option)
+    finer: list[tuple[type[Candidate], Option]] = []
+    for candidate in sorted((c for c in candidates if c.group_size), key=lambda c: c.group_size or 0):
+        place, option = next((i, o) for i, o in enumerate(gated) if o.candidate == candidate.name)
+        if option.rejected or option.us is None:
+            continue
+        for kind, other in finer:
+            if kind is type(candidate) and other.us is not None and option.us > (1 - MARGIN) * other.us:
+                why = f"not {MARGIN:.0%} faster than {other.candidate}, whose groups are finer"
+                gated[place] = replace(option, rejected=why)
+                break
+        else:
+            finer.append((type(candidate), option))
     return gated

@@ -52,7 +52,7 @@ from autoplan.selection import (
     float_bytes,
     frontier,
 )
-from autoplan.sensitivity import Subject
+from autoplan.sensitivity import Size, Subject, size_of
 from autoplan.validate import Whole
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -276,8 +276,8 @@ class _Planning:
                 self.notes.append("not held out: a single sample had to serve scoring and validation alike")
             scoring = references(self.model, split.scoring, request.output)
             budget = Budget.of(request.budget, scoring[0].logits)
-            scores = self._scores(layers, profiles, scoring, budget.divergence)
-            sizes: dict[Any, int] = {}
+            sizes: dict[Size, int] = {}
+            scores = self._scores(layers, profiles, scoring, budget.divergence, sizes)
             layers = [
                 options.with_scores(layer, scores, lambda layer, option: self._nbytes(sizes, layer, option))
                 for layer in layers
@@ -390,12 +390,13 @@ class _Planning:
         profiles: Sequence[LayerProfile],
         scoring: Sequence[Reference],
         limit: float | None,
+        sizes: dict[Size, int],
     ) -> dict[tuple[str, str], Sensitivity]:
         request = self.request
         scores, notes = sensitivity.measure(
             priorities.most_to_save_first(layers),
             profiles,
-            Subject(self.model, self.recording, scoring, request.output, request.loss, request.seed),
+            Subject(self.model, self.recording, scoring, request.output, request.loss, request.seed, sizes),
             self.prints,
             self.cache if self._can_find_scores() else None,
             limit=limit,
@@ -408,11 +409,11 @@ class _Planning:
     def _can_find_scores(self) -> bool:
         return bool(self.prints["data"]["digest"]) and self.request.names_its_question
 
-    def _nbytes(self, sizes: dict[Any, int], layer: LayerPlan, option: Option) -> int:
-        """Bytes resident with this option, found once per size by building it."""
+    def _nbytes(self, sizes: dict[Size, int], layer: LayerPlan, option: Option) -> int:
+        """Bytes resident with this option, found by building it where scoring has not."""
         if (option.candidate, option.program) == ("none", PLAIN):
             return float_bytes(layer)
-        key = (option.candidate, option.program, layer.in_features, layer.out_features, layer.dtype)
+        key = size_of(layer, option.candidate, option.program)
         if key not in sizes:
             made = stand_ins(self.model, (layer.name,), option.candidate, option.program)
             sizes[key] = made[layer.name].nbytes()

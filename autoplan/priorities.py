@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from autoplan.arms import Contender
 from autoplan.benchmark import shapes_of
@@ -61,13 +62,18 @@ def largest_first(
     call_weights: Mapping[str, float],
     mode: str,
 ) -> dict[Shape, Sequence[Contender]]:
-    """What is to be timed, shapes in which the model spends most of its time first."""
-    spent: dict[Shape, float] = {}
+    """What is to be timed, weights in which the model spends most of its time first, and each at all its rows.
+
+    A layer can be planned once all its rows are timed.
+    """
+    spent: dict[Shape, float] = {}  # by weight: its shape at one row
     for profile in profiles:
         for shape, counts in shapes_of(profile, mode).items():
             calls = sum(call_weights.get(workload, 1.0) * count for workload, count in counts.items())
-            spent[shape] = spent.get(shape, 0.0) + calls * _work(shape.out_features, shape.in_features, shape.rows)
-    return dict(sorted(wanted.items(), key=lambda item: -spent.get(item[0], 0.0)))
+            weight = replace(shape, rows=1)
+            spent[weight] = spent.get(weight, 0.0) + calls * _work(shape.out_features, shape.in_features, shape.rows)
+    place = {weight: i for i, weight in enumerate(sorted(spent, key=lambda weight: -spent[weight]))}
+    return dict(sorted(wanted.items(), key=lambda item: place.get(replace(item[0], rows=1), len(place))))
 
 
 def most_to_save_first(layers: Sequence[LayerPlan]) -> list[LayerPlan]:

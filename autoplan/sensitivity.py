@@ -28,6 +28,7 @@ from autoplan.recorder import Recording
 from autoplan.records import LayerPlan, LayerProfile, Sensitivity
 
 Pair = tuple[str, str]  # layer, candidate
+Size = tuple[str, str, int, int, str]  # candidate, program, in_features, out_features, dtype
 Scores = dict[Pair, Sensitivity]
 
 _ROWS_PER_BACKWARD = 2048  # of the layer that has most: what one backward pass holds of activations
@@ -50,6 +51,13 @@ class Subject:
     output: OutputPicker | None = None
     loss: Loss | None = None  # of what the model returns, a mean over its tokens or samples
     seed: int = 0
+    nbytes: dict[Size, int] = field(default_factory=dict)  # of what was tried: nobody has to quantize it again for that
+
+    def made(self, trial: Trial) -> Mapping[str, nn.Module]:
+        """The stand-ins that a trial puts into the model."""
+        made = trial.made(self.model)
+        self.nbytes[size_of(trial.profile, trial.candidate, trial.program)] = made[trial.profile.name].nbytes()
+        return made
 
     @functools.cached_property
     def rows(self) -> list[Counter[str]]:
@@ -84,8 +92,13 @@ class Trial:
     def pair(self) -> Pair:
         return self.profile.name, self.candidate
 
-    def made(self, model: nn.Module) -> Mapping[str, nn.Module]:
+    def made(self, model: nn.Module) -> Mapping[str, Any]:
         return stand_ins(model, (self.profile.name, *self.profile.aliases), self.candidate, self.program)
+
+
+def size_of(layer: LayerProfile | LayerPlan, candidate: str, program: str) -> Size:
+    """All that the bytes of a stand-in depend on."""
+    return candidate, program, layer.in_features, layer.out_features, layer.dtype
 
 
 def measure(
@@ -190,7 +203,7 @@ class _Book:
                 for score in scores.values()
                 if score.candidate == trial.candidate and _kind(score.layer) == kind and score.harm < math.inf
             ]
-            sqnr = Gate(self.subject.recording, trial.profile).sqnr_db(trial.made(self.subject.model))
+            sqnr = Gate(self.subject.recording, trial.profile).sqnr_db(self.subject.made(trial))
             harm = math.inf if sqnr < SQNR_FLOOR_DB else sum(alike) / len(alike) if alike else 10 ** (-sqnr / 10)
             found[trial.pair] = Sensitivity(*trial.pair, harm, sqnr)
         self.assumed |= set(found)
@@ -251,7 +264,7 @@ def kl(subject: Subject, trials: Sequence[Trial], go_on: Callable[[int], bool]) 
         for trial in own:
             if not go_on(done):
                 return
-            made = trial.made(subject.model)
+            made = subject.made(trial)
             sqnr = gate.sqnr_db(made)
             harm = _divergence(subject, made) if sqnr >= SQNR_FLOOR_DB else math.inf
             yield [Sensitivity(*trial.pair, harm, sqnr)]
@@ -294,7 +307,7 @@ def fisher(subject: Subject, trials: Sequence[Trial], go_on: Callable[[int], boo
                     pair = trial.pair
                     if harm.get(pair) == math.inf:
                         continue
-                    made = trial.made(subject.model)
+                    made = subject.made(trial)
                     if pair not in sqnr:
                         sqnr[pair] = gate.sqnr_db(made)
                         done += 1

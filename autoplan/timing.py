@@ -114,7 +114,8 @@ def race(
     """Time the arms against the arm named `baseline`, each only until its verdict is clear; one Timing per arm.
 
     An arm stops once it is surely slower than another kernel of its group, or surely not `margin` faster than the
-    baseline. The race ends when every group left has surely won, or is known so closely that more rounds cannot matter.
+    baseline; and a group, once it has surely won or is known so closely that more rounds cannot matter. The race ends
+    when every group has stopped.
     `max_seconds` (by `clock`, warm-up included) may end it sooner, but not before one round; where rounds are so dear
     that no verdict fits in, arms that were clearly slower twice are dropped, and up to twice the time is allowed. A
     batch has the same number of calls for all arms, so many that the baseline's lasts about `min_batch_us`.
@@ -134,9 +135,11 @@ def race(
         limit = bench.limit(max_rounds, patience)
         if limit or (bench.rounds >= min_rounds and (bench.rounds - min_rounds) % _LOOK_EVERY == 0):
             _drop_beaten(bench, margin)
-            undecided = [n for kernels in bench.groups() if not _settled(bench, kernels, margin) for n in kernels]
-            if limit or not undecided:
-                return bench.timings(undecided, limit)
+            for kernels in bench.groups():
+                if _settled(bench, kernels, margin):
+                    bench.running = [name for name in bench.running if name not in kernels]
+            if limit or not bench.running:
+                return bench.timings(bench.running, limit)
 
 
 def compare(

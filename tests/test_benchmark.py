@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,6 +73,22 @@ def test_what_is_cached_is_not_timed_again(timer: Any) -> None:
     assert timer.races == 4
 
 
+def test_neighbours_that_differ_in_rows_share_the_quantized_weight(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized: list[int] = []
+    (contender, *_) = contenders("int8_weight_only")
+    quantize = type(contender.candidate).quantize
+
+    def counting(self: Candidate, weight: Tensor) -> dict[str, Tensor]:
+        quantized.append(weight.shape[0])
+        return quantize(self, weight)
+
+    monkeypatch.setattr(type(contender.candidate), "quantize", counting)
+    shapes = [SHAPE, replace(SHAPE, rows=8), replace(SHAPE, out_features=32)]
+    measure({shape: [contender] for shape in shapes}, ENVIRONMENT, None)
+    assert quantized == [16, 32]
+    assert timer.races == 3
+
+
 def test_progress_is_told_and_time_may_run_out(timer: Any) -> None:
     told: list[tuple[str, int, int]] = []
     wanted = {SHAPE: contenders("none")}
@@ -120,8 +137,6 @@ class Failing(Candidate):
 
 
 def failing(where: str) -> Contender:
-    from dataclasses import replace
-
     def broken(*_: Any) -> Any:
         raise NotImplementedError
 

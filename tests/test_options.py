@@ -21,9 +21,9 @@ INT8 = ("int8_dynamic", "int8_dual", "int8_weight_only")
 WEIGHT_ONLY, DYNAMIC = "int8pack", "onednn_u8s8"
 
 
-def menu_of(rows: tuple[int, ...], candidates: tuple[str, ...] = INT8) -> options.Menu:
+def menu_of(rows: tuple[int, ...], candidates: tuple[str, ...] = INT8, in_features: int = 64) -> options.Menu:
     calls = tuple(Call("default", r, "bfloat16", 1) for r in rows)
-    profile = LayerProfile("layer", (), 64, 32, True, "bfloat16", "cpu", calls)
+    profile = LayerProfile("layer", (), in_features, 32, True, "bfloat16", "cpu", calls)
     return options.screen(profile, [find_candidate(name) for name in ("none", *candidates)], CPU)
 
 
@@ -60,6 +60,25 @@ def test_int8_of_one_mode_only_is_that_candidate() -> None:
     few, many = {WEIGHT_ONLY: 0.3, DYNAMIC: 0.6}, {"dequantize_int8": 0.9, DYNAMIC: 0.2}
     invariant = planned({1: few, 512: many}, batch_invariant=True)
     assert invariant["int8_dual"].rejected == "at these rows it is int8_dynamic"
+
+
+def test_groups_that_are_not_faster_than_finer_ones_are_out() -> None:
+    kernel, names = "dequantize_int4", ("int4_g32", "int4_g64", "int4_g128")
+
+    def rejected(g32: float, g64: float, g128: float, **rules: Any) -> list[str]:
+        menu = menu_of((1,), names, in_features=128)
+        (shape,) = options.to_time([menu], "eager")
+        found = {(shape, "none", "linear"): Measurement(shape, "none", "linear", 100.0, 1.0, 1.0, 1.0, 8)}
+        for name, ratio in zip(names, (g32, g64, g128), strict=True):
+            found[shape, name, kernel] = Measurement(shape, name, kernel, 100.0, ratio, ratio, ratio, 8)
+        layer = options.with_times(menu, found, options.Rules("eager", {"default": 1.0}, **rules))
+        return [layer.option(name).rejected for name in names]
+
+    assert rejected(0.5, 0.45, 0.4) == ["", "", ""]
+    assert rejected(0.5, 0.495, 0.5) == ["", *["not 2% faster than int4_g32, whose groups are finer"] * 2]
+    assert rejected(0.5, 0.5, 0.48) == ["", "not 2% faster than int4_g32, whose groups are finer", ""]
+    assert rejected(0.99, 0.5, 0.5)[1:] == ["", "not 2% faster than int4_g64, whose groups are finer"]
+    assert rejected(0.5, 0.5, 0.5, wants_bytes=True) == ["", "", ""]
 
 
 def test_both_modes_are_timed_once_and_under_their_own_names() -> None:

@@ -68,11 +68,21 @@ def test_work_grows_with_rows_from_where_it_is_no_longer_the_weight_that_is_wait
     assert work(both, weights) == many + 2 * 256 * one
 
 
-def test_shapes_are_timed_in_the_order_of_the_time_that_layers_spend_in_them() -> None:
+def test_weights_are_timed_in_the_order_of_the_time_that_layers_spend_in_them() -> None:
     profiles = [profile("a", 100), profile("b", 500), *(profile(f"c.{i}", 300) for i in range(4))]
     wanted: dict[Any, Any] = {shape: [] for p in profiles for shape in shapes_of(p, EAGER)}
     order = [shape.in_features for shape in largest_first(wanted, profiles, {}, EAGER)]
     assert order == [300, 500, 100]  # four of 300 take more than one of 500
+
+
+def test_a_weight_is_timed_at_all_its_rows_before_the_next_one() -> None:
+    calls = [tuple(Call(f"{rows}", rows, "float32", 1) for rows in own) for own in ((1, 512), (256, 2))]
+    profiles = [LayerProfile(f"{i}", (), 100 + i, 100, True, "float32", "cpu", own) for i, own in enumerate(calls)]
+    wanted: dict[Any, Any] = {
+        shape: [] for i in range(2) for p in profiles for shape in list(shapes_of(p, EAGER))[i:][:1]
+    }
+    order = [(shape.in_features, shape.rows) for shape in largest_first(wanted, profiles, {}, EAGER)]
+    assert order == [(100, 1), (100, 512), (101, 256), (101, 2)]
 
 
 def test_scores_come_in_the_order_of_the_time_that_an_option_would_save() -> None:

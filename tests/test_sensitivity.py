@@ -25,7 +25,7 @@ from autoplan.fisher import Changes, GradientError, by_unit, gradients, units
 from autoplan.recorder import ModelInput
 from autoplan.records import LayerPlan, LayerProfile, Option
 from autoplan.request import device_of
-from autoplan.sensitivity import Subject, Trial, measure
+from autoplan.sensitivity import Subject, Trial, measure, size_of
 
 CANDIDATES = ("int4_g32", "int8_dynamic", "int8_weight_only")
 
@@ -119,6 +119,15 @@ def measured(
         for p in judged.recording.profiles()
     ]  # fmt: skip
     return measure(layers, judged.recording.profiles(), judged, prints | {"options": options}, cache, **arguments)
+
+
+def test_the_bytes_of_what_was_tried_are_kept() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 48))
+    with subject(model, torch.randn(8, 64)) as judged:
+        measured(judged)
+        for trial in trials_of(judged):
+            size = size_of(trial.profile, trial.candidate, trial.program)
+            assert judged.nbytes[size] == trial.made(model)[trial.profile.name].nbytes()
 
 
 def ranks(values: Sequence[float]) -> Any:

@@ -189,6 +189,16 @@ def test_an_arm_on_the_edge_is_noted_as_undecided() -> None:
     assert (found.rounds, found.note) == (16, "undecided after 16 rounds")
 
 
+def test_a_group_that_is_known_well_enough_stops_while_others_go_on() -> None:
+    machine = Machine(jitter=0.05, preemption=0.0, turbulent=False)
+    arms = [machine.arm("none", 100), machine.arm("fast", 50), machine.arm("edge", 98)]
+    result = machine.race(arms)
+    assert result["fast"].rounds < result["edge"].rounds == result["none"].rounds
+    assert result["fast"].note == ""
+    assert switch(result["fast"])
+    assert result["fast"].ratio == pytest.approx(0.5, rel=0.02)
+
+
 def test_an_arm_that_gains_less_than_the_margin_says_so() -> None:
     machine = Machine(**QUIET)  # type: ignore[arg-type]
     result = machine.race([machine.arm("none", 100), machine.arm("arm", 99)])
