@@ -335,7 +335,7 @@ PEERS = (
     Peer(OURS, autoplan("balanced"), TABLES),
     Peer("autoplan high", autoplan("high")),
     Peer("autoplan lossless", autoplan("lossless"), ["minilm-32x64"]),
-    Peer("autoplan balanced, given bfloat16", autoplan("balanced", BF16)),
+    Peer("autoplan balanced, given bfloat16", autoplan("balanced", BF16), ["minilm-32x64", "language-model"]),
     Peer("autoplan high, given bfloat16", autoplan("high", BF16)),
     Peer("bfloat16 eager", plain(BF16, compiled=False)),
     Peer("float32 compiled", plain(F32, compiled=True), TABLES),
