@@ -5,6 +5,9 @@ takes it into the layer, so that the output is written once, where otherwise it 
 again. Kernels that cannot are left to Inductor, which fuses the function with its other neighbours. Inductor has taken
 functions apart by then. What a function looks like is found by having it taken apart as well.
 
+Pieces: the product of siblings is written piece by piece, each with its bias, as each layer would have written its own.
+Otherwise it would be read and written again to have pieces that are contiguous and have a bias.
+
 The call: the graph calls the kernel itself, not the op, whose way through torch's dispatcher and back takes longer than
 the product of a small layer; and where it writes is memory that Inductor has planned, with the rest of the graph.
 
@@ -15,10 +18,12 @@ torch that has other ones, layers run as one op each.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -58,12 +63,14 @@ def _fuse_activations() -> None:
     patterns: Any = sys.modules[_POST_GRAD].pass_patterns[0]
 
     def fits(match: Any) -> bool:
-        args = match.output_node().args
-        return args[-1] == "none" and ops.writes_in_place(args[3])
+        *_, program, _, _, activation, pieces = match.output_node().args
+        return activation == "none" and not pieces and ops.writes_in_place(program)
 
-    @register_graph_pattern(CallFunction(_LINEAR, *[Arg() for _ in range(7)]), extra_check=fits, pass_dict=patterns)
+    @register_graph_pattern(CallFunction(_LINEAR, *[Arg() for _ in range(8)]), extra_check=fits, pass_dict=patterns)
     def replace(match: Any, *_: Any) -> None:
-        fuse(match.output_node())
+        layer = match.output_node()
+        fuse(layer)
+        split(layer)
 
 
 def fuse(layer: fx.Node) -> None:
@@ -82,7 +89,7 @@ def fuse(layer: fx.Node) -> None:
             between = [n for n in within if n is not node]
             if any(use not in within for n in between for use in n.users):
                 return
-            layer.args = (*layer.args[:-1], name)
+            layer.args = (*layer.args[:6], name, [])
             node.replace_all_uses_with(output)
             for gone in reversed([*between[1:], node]):
                 node.graph.erase_node(gone)
@@ -130,6 +137,83 @@ def _taken_apart(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> st
     return names[node.args[0]]
 
 
+# Pieces.
+
+_STRIP = 32  # pieces of other sizes are left to Inductor
+
+
+class _Piece(NamedTuple):
+    """A slice of a layer's output, and what is made of it: a contiguous tensor of its own."""
+
+    start: int
+    size: int
+    slice: fx.Node
+    own: fx.Node
+    bias: fx.Node | None
+
+
+def split(layer: fx.Node) -> None:
+    """Have a layer write its output in pieces, each with its bias, if that is all that becomes of it."""
+    args: Any = layer.args
+    x, packed, bias, program, features, dtype, activation, _ = args
+    output = next(iter(layer.users)) if len(layer.users) == 1 else layer
+    if output.target not in _RESHAPES:
+        output = layer
+    rows, found = layer.meta["val"].shape[0], [_piece(use) for use in output.users]
+    pieces = sorted((piece for piece in found if piece is not None), key=attrgetter("start"))
+    ends = list(itertools.accumulate((piece.size for piece in pieces), initial=0))
+    biases = [piece.bias for piece in pieces if piece.bias is not None]
+    if (
+        len(pieces) < max(2, len(found)) or ends[-1] != features or [piece.start for piece in pieces] != ends[:-1]
+        or any(piece.size % _STRIP for piece in pieces) or len(biases) not in (0, len(pieces))
+        or len({node.meta["val"].dtype for node in biases}) > 1 or not isinstance(rows, int)
+        or bias is not None or activation != "none"
+    ):  # fmt: skip
+        return
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        node = layer.graph.call_function(target, args)
+        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+        return node
+
+    aten = torch.ops.aten
+    with layer.graph.inserting_before(layer):
+        held = [layer.graph.node_copy(node) if node.op == "get_attr" else node for node in biases]
+        joined = call(aten.cat.default, held) if held else None
+        sizes = [piece.size for piece in pieces]
+        memory = call(_LINEAR, x, packed, joined, program, features, dtype, activation, sizes)
+        memory = call(aten.reshape.default, memory, [rows * features])
+        for piece in pieces:
+            own = call(aten.slice.Tensor, memory, 0, rows * piece.start, rows * (piece.start + piece.size))
+            own = call(aten.reshape.default, own, list(piece.own.meta["val"].shape))
+            piece.own.replace_all_uses_with(own)
+    for piece in pieces:
+        layer.graph.erase_node(piece.own)
+        layer.graph.erase_node(piece.slice)
+    if output is not layer:
+        layer.graph.erase_node(output)
+    layer.graph.erase_node(layer)
+
+
+def _piece(use: fx.Node) -> _Piece | None:
+    """The piece that `use` of a layer's output takes, if it takes one and makes a tensor of its own of it."""
+    aten = torch.ops.aten
+    if use.target is not aten.slice.Tensor or len(use.users) != 1 or len(use.args) > 4:
+        return None
+    value, own = use.meta["val"], next(iter(use.users))
+    if use.args[1] not in (-1, value.dim() - 1) or own.meta["val"].dtype != value.dtype:
+        return None
+    found = _Piece(int(use.args[2]), value.shape[-1], use, own, None)  # type: ignore[arg-type]
+    if own.target is aten.clone.default and own.kwargs.get("memory_format") == torch.contiguous_format:
+        return found
+    if own.target is not aten.add.Tensor or own.kwargs or own.args[0] is not use:
+        return None
+    bias = own.args[1]
+    if not isinstance(bias, fx.Node) or bias.op not in ("placeholder", "get_attr"):
+        return None
+    return found._replace(bias=bias) if bias.meta["val"].shape == value.shape[-1:] else None
+
+
 # Calls.
 
 
@@ -151,15 +235,22 @@ def _call_directly() -> None:
         pass
 
     def lower(
-        x: Any, packed: Sequence[Any], bias: Any, program: str, out_features: int, dtype: torch.dtype, activation: str
+        x: Any,
+        packed: Sequence[Any],
+        bias: Any,
+        program: str,
+        out_features: int,
+        dtype: torch.dtype,
+        activation: str,
+        pieces: Sequence[int],
     ) -> Any:
         x = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
         if V.graph.cpp_wrapper or x.get_device().type != "cpu":
-            return as_op(x, packed, bias, program, out_features, dtype, activation)
+            return as_op(x, packed, bias, program, out_features, dtype, activation, pieces)
         layout = ir.FixedLayout(x.get_device(), dtype, [x.get_size()[0], out_features])
         tensors = [x, *packed] if bias is None else [x, bias, *packed]
         inputs = [ir.ExternKernel.realize_input(tensor) for tensor in tensors]
-        settings = {"has_bias": bias is not None, "program": program, "activation": activation}
+        settings = {"has_bias": bias is not None, "program": program, "activation": activation, "pieces": tuple(pieces)}
         call: Any
         if ops.writes_in_place(program):
             call = Into(layout, inputs, (), settings, None, "autoplan_inductor.linear_into")
@@ -174,15 +265,30 @@ def _call_directly() -> None:
 # What the code that Inductor writes calls. It keeps that code: whoever changes what these take changes their names.
 
 
-def linear_into(x: Tensor, *tensors: Tensor, has_bias: bool, program: str, activation: str, out: Tensor) -> None:
+def linear_into(
+    x: Tensor,
+    *tensors: Tensor,
+    has_bias: bool,
+    program: str,
+    activation: str,
+    pieces: tuple[int, ...],
+    out: Tensor,
+) -> None:
     """`ops.run_linear_into`, with the bias, if there is one, before the packed tensors."""
     bias, packed = (tensors[0], tensors[1:]) if has_bias else (None, tensors)
-    ops.run_linear_into(x, packed, bias, program, out, activation)
+    ops.run_linear_into(x, packed, bias, program, out, activation, pieces)
 
 
 def linear(
-    x: Tensor, *tensors: Tensor, has_bias: bool, program: str, out_features: int, dtype: torch.dtype, activation: str
+    x: Tensor,
+    *tensors: Tensor,
+    has_bias: bool,
+    program: str,
+    activation: str,
+    pieces: tuple[int, ...],
+    out_features: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`ops.run_linear`, with the bias, if there is one, before the packed tensors."""
     bias, packed = (tensors[0], tensors[1:]) if has_bias else (None, tensors)
-    return ops.run_linear(x, packed, bias, program, out_features, dtype, activation)
+    return ops.run_linear(x, packed, bias, program, out_features, dtype, activation, pieces)

@@ -19,7 +19,7 @@ from autoplan.kernels.packing import Canonical, dequantize
 
 Packed = Sequence[Tensor]
 Run = Callable[[Tensor, Packed, Tensor | None, torch.dtype], Tensor]
-Into = Callable[[Tensor, Packed, Tensor | None, Tensor, str], None]
+Into = Callable[[Tensor, Packed, Tensor | None, Tensor, str, tuple[int, ...]], None]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {  # in the order of `enum Activation` in native/simd.h
     "none": lambda y: y,
@@ -74,8 +74,9 @@ class Kernel:
     fuse with their neighbours (the matrix product itself stays a custom op), for compiled graphs; all else runs whole
     behind the op `autoplan::linear`.
 
-    `into(x, packed, bias, out, activation)`, where a kernel has it, writes what `run` returns into `out`, after the
-    function that ACTIVATIONS has under that name.
+    `into(x, packed, bias, out, activation, pieces)`, where a kernel has it, writes what `run` returns into `out`, after
+    the function that ACTIVATIONS has under that name. If it gets the sizes of `pieces`, multiples of 32 that sum up to
+    out_features, each piece of so many features lies in `out` by itself, contiguous, one after another.
 
     A kernel made for few rows says in `most_rows` up to how many; it runs more, but dequantizing the weight is faster.
 
@@ -214,27 +215,38 @@ def run_linear(
     out_features: int,
     dtype: torch.dtype,
     activation: str = "none",
+    pieces: Sequence[int] = (),
 ) -> Tensor:
-    """What `autoplan::linear` computes: the kernel for so many rows on `x` [rows, in_features], then the activation."""
+    """What `autoplan::linear` computes: the kernel for so many rows on `x` [rows, in_features], then the activation.
+
+    [rows, out_features]; with `pieces`, in that shape and memory, [rows, size] for each of the sizes one after another.
+    """
     rows = x.shape[0]
     kernel, own = _step(program, packed, rows)
     if rows and kernel.into is None:
-        return ACTIVATIONS[activation](kernel.run(x, own, bias, dtype))
+        y = ACTIVATIONS[activation](kernel.run(x, own, bias, dtype))
+        return torch.cat([piece.flatten() for piece in y.split(list(pieces), 1)]).view_as(y) if pieces else y
     out = x.new_empty((rows, out_features), dtype=dtype)
     if rows and kernel.into is not None:
-        kernel.into(x, own, bias, out, activation)
+        kernel.into(x, own, bias, out, activation, tuple(pieces))
     return out
 
 
 def run_linear_into(
-    x: Tensor, packed: Packed, bias: Tensor | None, program: str, out: Tensor, activation: str = "none"
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    program: str,
+    out: Tensor,
+    activation: str = "none",
+    pieces: Sequence[int] = (),
 ) -> None:
     """The same, into `out` [rows, out_features], where the program `writes_in_place`."""
     if rows := x.shape[0]:
         kernel, own = _step(program, packed, rows)
         if kernel.into is None:
             raise KernelError(f"kernel {kernel.name!r} does not write into an output that it is given")
-        kernel.into(x, own, bias, out, activation)
+        kernel.into(x, own, bias, out, activation, tuple(pieces))
 
 
 def call_linear(
@@ -243,13 +255,13 @@ def call_linear(
     """`autoplan::linear`, without the 20 us that calling an op takes where no gradient and no tracing needs one."""
     watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
     if watched or torch._C._len_torch_dispatch_stack():
-        y: Tensor = torch.ops.autoplan.linear(x, packed, bias, program, out_features, dtype, "none")
+        y: Tensor = torch.ops.autoplan.linear(x, packed, bias, program, out_features, dtype, "none", [])
         return y
     return run_linear(x, packed, bias, program, out_features, dtype)
 
 
 # The one op that any kernel can run behind. `packed` may hold oneDNN's opaque tensors, hence the second dispatch key.
-# Only Inductor's graphs give it an `activation` (see `inductor`), where gradients have been taken care of.
+# Only Inductor's graphs give it an activation and pieces (see `inductor`), where gradients have been taken care of.
 _LIBRARY = torch.library.Library("autoplan", "FRAGMENT")
 tracing_watchers: list[Callable[[], None]] = []  # are called whenever a graph is traced through it
 
@@ -271,6 +283,7 @@ def _linear_fake(
     out_features: int,
     dtype: torch.dtype,
     activation: str,
+    pieces: Sequence[int],
 ) -> Tensor:
     for watcher in tracing_watchers:
         watcher()
@@ -279,7 +292,7 @@ def _linear_fake(
 
 define_op(
     "linear(Tensor x, Tensor[] packed, Tensor? bias, str program, int out_features, ScalarType dtype, "
-    "str activation) -> Tensor",
+    "str activation, int[] pieces) -> Tensor",
     run_linear,
     _linear_fake,
 )
@@ -303,9 +316,10 @@ define_op(
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, packed, bias, program, out_features, _, activation = inputs
-    if activation != "none":
-        raise RuntimeError(f"autoplan::linear with the activation {activation!r} is for graphs that need no gradients")
+    x, packed, bias, program, out_features, _, activation, pieces = inputs
+    if activation != "none" or pieces:
+        how = f"the activation {activation!r}" if activation != "none" else "pieces"
+        raise RuntimeError(f"autoplan::linear with {how} is for graphs that need no gradients")
     ctx.packed, ctx.program, ctx.size, ctx.dtype = packed, program, (out_features, x.shape[1]), x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -314,7 +328,7 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     """Straight through: the gradient that a float layer with the dequantized weight would pass on."""
     grad_x = grad.to(ctx.dtype) @ torch.ops.autoplan.dense_weight(ctx.packed, ctx.program, ctx.size, ctx.dtype)
     grad_bias = grad.sum(dim=0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-    return grad_x, [None] * len(ctx.packed), grad_bias, None, None, None, None
+    return grad_x, [None] * len(ctx.packed), grad_bias, None, None, None, None, []
 
 
 torch.library.register_autograd("autoplan::linear", _linear_backward, setup_context=_save_for_backward, lib=_LIBRARY)

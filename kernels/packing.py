@@ -41,9 +41,9 @@ def quantize_int4(weight: Tensor, group_size: int) -> Canonical:
 
     The range of each group is shrunk by the ratio in 1.00, 0.98 ... 0.50 that gives the least squared error
     (clip search, as in AWQ, https://arxiv.org/abs/2306.00978, section 3). Rows are handled in slices, so the
-    float32 scratch stays small beside the weight.
+    float32 scratch stays in the caches.
     """
-    rows_a_slice = max(1, (1 << 22) // max(weight.shape[1], 1))
+    rows_a_slice = max(1, (1 << 18) // max(weight.shape[1], 1))
     parts = [_quantize_int4(part, group_size) for part in weight.detach().split(rows_a_slice)]
     codes, scale, zero_point = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return {"codes": pack_nibbles(codes), "scale": scale, "zero_point": zero_point}

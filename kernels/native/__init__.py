@@ -5,6 +5,8 @@ int8 weights lie in tiles (see product.h), one layout for both kernels that run 
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -115,14 +117,21 @@ _INT4_LINES = ops.Layout("int4_lines", 1, _pack_int4, _unpack_int4)
 # Kernels.
 
 
+@functools.cache
+def _array(sizes: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(sizes))(*sizes)
+
+
 def _register(name: str, layout: ops.Layout, function: str, canonical: Callable[[Tensor], Canonical]) -> None:
-    def into(x: Tensor, packed: ops.Packed, bias: Tensor | None, out: Tensor, activation: str) -> None:
+    def into(
+        x: Tensor, packed: ops.Packed, bias: Tensor | None, out: Tensor, activation: str, pieces: tuple[int, ...] = ()
+    ) -> None:
         if x.dtype is not out.dtype:
             x = x.to(out.dtype)
         bias_at, bias_dtype = (None, 0) if bias is None else (bias.data_ptr(), _CODES[bias.dtype])
         getattr(library(), function)(
-            x.data_ptr(), packed[0].data_ptr(), bias_at, out.data_ptr(), out.shape[0], _CODES[out.dtype], bias_dtype,
-            _ACTIVATIONS[activation], torch.get_num_threads(),
+            x.data_ptr(), packed[0].data_ptr(), bias_at, out.data_ptr(), x.shape[0], _CODES[out.dtype], bias_dtype,
+            _ACTIVATIONS[activation], _array(pieces) if pieces else None, torch.get_num_threads(),
         )  # fmt: skip
 
     def run(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

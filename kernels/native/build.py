@@ -24,7 +24,8 @@ _SOURCES = ("int8_dynamic.cpp", "weight_only.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _FUNCTIONS = ("autoplan_int8_dynamic", "autoplan_int8_weight", "autoplan_int4_weight")
-_ARGUMENTS = (_P, _P, _P, _P, _N, _I, _I, _I, _I)  # x, packed, bias, out, rows, dtype, its bias's, activation, threads
+# x, packed, bias, out; rows; dtype of x, dtype of the bias, activation; sizes of the pieces; threads
+_ARGUMENTS = (_P, _P, _P, _P, _N, _I, _I, _I, _P, _I)
 
 
 @functools.cache

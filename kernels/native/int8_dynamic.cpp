@@ -81,10 +81,10 @@ void run(const void* x, const char* weight, const int32_t* start, Epilogue e, in
 
 extern "C" int autoplan_available() { return product_available(); }
 
-// out [rows, out_features] = activation(x [rows, in_features] times the weight, plus the bias or null).
+// out = activation(x [rows, in_features] times the weight, plus the bias or null), as Epilogue says.
 extern "C" void autoplan_int8_dynamic(const void* x, const Packed* packed, const void* bias, void* out, int64_t rows,
-                                      int dtype, int bias_dtype, int activation, int threads) {
-  const Epilogue e = {nullptr, packed->scale(), bias, bias_dtype, out, packed->out_features, 1, activation};
+                                      int dtype, int bias_dtype, int activation, const int64_t* pieces, int threads) {
+  const Epilogue e = {nullptr, packed->scale(), bias, bias_dtype, out, packed->out_features, 1, activation, pieces};
   const auto run_as = dtype == FLOAT32 ? run<FLOAT32> : dtype == BFLOAT16 ? run<BFLOAT16> : run<FLOAT16>;
   threads = team_for(rows, packed->out_features, packed->in_features, threads);
   run_as(x, packed->codes(), (const int32_t*)packed->offset(), e, rows, packed->in_features, threads);

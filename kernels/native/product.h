@@ -179,10 +179,25 @@ struct Epilogue {
   const float* scale;      // [out_features], or null for 1
   const void* bias;        // [out_features], or null
   int bias_dtype;
-  void* y;  // [rows, out_features]
+  void* y;  // [rows, out_features]; or, in pieces, [rows, size] for each of the sizes, one after another
   int64_t out_features;
   float unit;  // another factor of scale
   int activation;
+  const int64_t* pieces;  // sizes, multiples of STRIP that sum up to out_features; or null
+};
+
+// Where a channel of the first row is stored, and the bytes from there to the next row.
+struct Column {
+  char* y;
+  int64_t line;
+
+  Column() = default;
+  Column(const Epilogue& e, int64_t rows, int64_t channel, int64_t bytes) {
+    int64_t first = 0, size = e.out_features;
+    if (e.pieces)
+      for (const int64_t* piece = e.pieces; channel >= first + (size = *piece); piece++) first += size;
+    y = (char*)e.y + (rows * first + channel - first) * bytes, line = size * bytes;
+  }
 };
 
 constexpr int64_t STREAMED = 512 << 10;  // bytes of output that leave nothing else in the second-level cache
@@ -195,8 +210,8 @@ class Products {
  public:
   Products(const Epilogue& e, int64_t rows)
       : e_(e),
-        line_(e.out_features * bytes_of(DTYPE)),
-        streams_(rows * line_ >= STREAMED && e.out_features % STRIP == 0 && (uintptr_t)e.y % 64 == 0) {
+        rows_(rows),
+        streams_(rows * e.out_features * bytes_of(DTYPE) >= STREAMED && e.out_features % STRIP == 0 && (uintptr_t)e.y % 64 == 0) {
     product_begin();
   }
 
@@ -209,7 +224,7 @@ class Products {
   // From here on products are for the 32 output channels from `first`.
   void channels(int64_t first) {
     next_ = next_ == columns_ ? columns_ + 1 : columns_;  // the last product may not be finished yet
-    next_->first = first;
+    next_->to = Column(e_, rows_, first, bytes_of(DTYPE));
     const __m512 unit = _mm512_set1_ps(e_.unit);
     for (int64_t half = 0; half < 2; half++) {
       const int64_t n = first + 16 * half;
@@ -221,9 +236,9 @@ class Products {
   }
 
   void add(const char* block, int64_t row, int64_t rows, const char* strip, int64_t steps, const int32_t* start) {
-    char* const y = (char*)e_.y + row * line_ + next_->first * bytes_of(DTYPE);
+    char* const y = next_->to.y + row * next_->to.line;
     if (!streams_)  // the lines that this will be written to
-      for (int64_t r = 0; r < rows; r++) __builtin_prefetch(y + r * line_, 1, 3);
+      for (int64_t r = 0; r < rows; r++) __builtin_prefetch(y + r * next_->to.line, 1, 3);
     const int64_t piece = ceil_div(left_, steps);
     multiply<Kind>(block, rows, strip, steps, start, product_[turn_], [&] { finish(piece); });
     finish(left_);
@@ -235,7 +250,7 @@ class Products {
  private:
   struct Columns {
     __m512 scale[2], bias[2];
-    int64_t first;
+    Column to;
     __mmask16 mask[2];
   };
 
@@ -243,7 +258,7 @@ class Products {
   inline __attribute__((always_inline)) void finish(int64_t rows) {
     if (rows > left_) rows = left_;
     left_ -= rows;
-    for (; rows > 0; rows--, last_ += STRIP, y_ += line_) {
+    for (; rows > 0; rows--, last_ += STRIP, y_ += own_->to.line) {
       const __m512 row_scale = row_scale_ ? _mm512_set1_ps(*row_scale_++) : _mm512_set1_ps(1);
       const __m512 left = scaled(0, row_scale), right = scaled(1, row_scale);
       if (!streams_) {
@@ -263,7 +278,7 @@ class Products {
   }
 
   const Epilogue e_;
-  const int64_t line_;  // bytes of a row of y
+  const int64_t rows_;
   const bool streams_;
   Columns columns_[2], *next_ = columns_;
   alignas(64) int32_t product_[2][BLOCK_ROWS * STRIP];

@@ -74,14 +74,14 @@ void few(const float* x, int64_t stride, const float* group_sums, int64_t groups
 
 template <class Kind, int DTYPE, int ROWS>
 void few_rows(const float* x, int64_t row, const float* sums, int64_t groups, const Weight& w, int64_t channel,
-              const Epilogue& e) {
+              const Epilogue& e, const Column& to) {
   __m512 total[ROWS];
   few<Kind, ROWS>(x + row * w.in_features, w.in_features, sums + row * groups, groups, w, channel, total);
   const __mmask16 mask = lanes(e.out_features - channel);
   const __m512 bias = e.bias ? load(e.bias_dtype, e.bias, channel, mask) : _mm512_setzero_ps();
   for (int r = 0; r < ROWS; r++) {
     const __m512 y = _mm512_add_ps(total[r], bias);
-    store<DTYPE>(e.y, (row + r) * e.out_features + channel, mask, e.activation ? activated(y, e.activation) : y);
+    store<DTYPE>(to.y + (row + r) * to.line, 0, mask, e.activation ? activated(y, e.activation) : y);
   }
 }
 
@@ -105,10 +105,11 @@ void run_few(const void* x, const Weight& w, const Epilogue& e, int64_t rows, in
   const int64_t columns = ceil_div(e.out_features, 16);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t c = 0; c < columns; c++) {
+    const Column to(e, rows, c * 16, bytes_of(DTYPE));
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) few_rows<Kind, DTYPE, 4>(values, r, sums, groups, w, c * 16, e);
-    for (; r + 2 <= rows; r += 2) few_rows<Kind, DTYPE, 2>(values, r, sums, groups, w, c * 16, e);
-    for (; r < rows; r++) few_rows<Kind, DTYPE, 1>(values, r, sums, groups, w, c * 16, e);
+    for (; r + 4 <= rows; r += 4) few_rows<Kind, DTYPE, 4>(values, r, sums, groups, w, c * 16, e, to);
+    for (; r + 2 <= rows; r += 2) few_rows<Kind, DTYPE, 2>(values, r, sums, groups, w, c * 16, e, to);
+    for (; r < rows; r++) few_rows<Kind, DTYPE, 1>(values, r, sums, groups, w, c * 16, e, to);
   }
 }
 
@@ -188,8 +189,8 @@ void run(const void* x, const Weight& w, Epilogue e, int64_t rows, int64_t in_fe
 
 template <class Kind>
 void run(const void* x, const Weight& w, const Packed& packed, const void* bias, void* out, int64_t rows, int dtype,
-         int bias_dtype, int activation, int threads) {
-  const Epilogue e = {nullptr, nullptr, bias, bias_dtype, out, packed.out_features, 1, activation};
+         int bias_dtype, int activation, const int64_t* pieces, int threads) {
+  const Epilogue e = {nullptr, nullptr, bias, bias_dtype, out, packed.out_features, 1, activation, pieces};
   const auto run_as = dtype == FLOAT32 ? run<Kind, FLOAT32> : dtype == BFLOAT16 ? run<Kind, BFLOAT16> : run<Kind, FLOAT16>;
   threads = team_for(rows, packed.out_features, packed.in_features, threads);
   run_as(x, w, e, rows, packed.in_features, threads);
@@ -199,15 +200,15 @@ void run(const void* x, const Weight& w, const Packed& packed, const void* bias,
 
 // As autoplan_int8_dynamic.
 extern "C" void autoplan_int8_weight(const void* x, const Packed* packed, const void* bias, void* out, int64_t rows,
-                                     int dtype, int bias_dtype, int activation, int threads) {
+                                     int dtype, int bias_dtype, int activation, const int64_t* pieces, int threads) {
   const int64_t padded = ceil_div(packed->in_features, 64) * 64;
   const Weight w = {packed->codes(), packed->scale(), nullptr, padded, padded};
-  run<Int8Weight>(x, w, *packed, bias, out, rows, dtype, bias_dtype, activation, threads);
+  run<Int8Weight>(x, w, *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
 }
 
 // The same, in groups of `group_size`, a multiple of 16 that divides in_features.
 extern "C" void autoplan_int4_weight(const void* x, const Packed* packed, const void* bias, void* out, int64_t rows,
-                                     int dtype, int bias_dtype, int activation, int threads) {
+                                     int dtype, int bias_dtype, int activation, const int64_t* pieces, int threads) {
   const Weight w = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(), packed->in_features, packed->group_size};
-  run<Int4Weight>(x, w, *packed, bias, out, rows, dtype, bias_dtype, activation, threads);
+  run<Int4Weight>(x, w, *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
 }

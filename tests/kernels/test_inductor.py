@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from autoplan.candidates import find_candidate
 from autoplan.kernels import find_kernel, ops, packing
 from autoplan.layers import PlannedLinear
+from autoplan.siblings import join
 
 _MISSING = find_kernel("fused_int8").probe()
 pytestmark = pytest.mark.skipif(bool(_MISSING), reason=_MISSING or "")
@@ -41,17 +42,17 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The activations of all layers that a compiled graph runs, in their order."""
     found: list[str] = []
 
-    def watch(name: str) -> None:
+    def watch(name: str, place: int) -> None:
         run = getattr(ops, name)
 
         def watched(*args: Any) -> Any:
-            found.append(args[-1])
+            found.append(args[place] if len(args) > place else "none")
             return run(*args)
 
         monkeypatch.setattr(ops, name, watched)
 
-    watch("run_linear")
-    watch("run_linear_into")
+    watch("run_linear", 6)
+    watch("run_linear_into", 5)
     torch.compiler.reset()
     return found
 
@@ -75,7 +76,7 @@ def test_kernels_apply_them_to_what_they_return(name: str, rows: int, dtype: tor
     assert exact.abs().max() > 6  # into the tails
     for activation, function in ops.ACTIVATIONS.items():
         y = torch.full((rows, 70), torch.nan, dtype=dtype)
-        kernel.into(x, packed, bias, y, activation)
+        kernel.into(x, packed, bias, y, activation, ())
         torch.testing.assert_close(y, function(exact).to(dtype), atol=4e-6 if dtype == torch.float32 else 2e-2, rtol=0)
 
 
@@ -87,7 +88,7 @@ def test_not_a_number_stays_one() -> None:
     assert kernel.into is not None
     for activation in ops.ACTIVATIONS:
         y = torch.zeros(40, 64)
-        kernel.into(x, packed, None, y, activation)
+        kernel.into(x, packed, None, y, activation, ())
         assert y[1].isnan().all()
         assert y[0].isfinite().all()
 
@@ -162,7 +163,7 @@ def test_an_op_with_an_activation_runs_on_every_kernel() -> None:
     layer, x = planned(64, 32, "1:fused_int8,7:int_mm"), torch.randn(8, 32)
     packed = layer._packed
     with torch.no_grad():
-        y = torch.ops.autoplan.linear(x, packed, layer.bias, layer.program, 64, torch.float32, "gelu")
+        y = torch.ops.autoplan.linear(x, packed, layer.bias, layer.program, 64, torch.float32, "gelu", [])
         torch.testing.assert_close(y, F.gelu(layer(x)))
 
 
@@ -177,7 +178,83 @@ def test_gradients_flow_as_ever(seen: list[str]) -> None:
 def test_gradients_through_an_activation_are_refused() -> None:
     layer, x = planned(64, 32), torch.randn(8, 32, requires_grad=True)
     with pytest.raises(RuntimeError, match="'gelu' is for graphs that need no gradients"):
-        torch.ops.autoplan.linear(x, layer._packed, layer.bias, layer.program, 64, torch.float32, "gelu")
+        torch.ops.autoplan.linear(x, layer._packed, layer.bias, layer.program, 64, torch.float32, "gelu", [])
+
+
+# Pieces.
+
+
+@pytest.mark.parametrize("name", ["fused_int8", "tiled_int8", "tiled_int4"])
+@pytest.mark.parametrize("rows", [3, 70, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_write_in_pieces(name: str, rows: int, dtype: torch.dtype) -> None:
+    kernel, weight, sizes = find_kernel(name), torch.randn(192, 128), (64, 32, 96)
+    stored = (
+        packing.quantize_int4(weight, 64) if name == "tiled_int4" else packing.quantize_per_channel(weight, torch.int8)
+    )
+    packed, bias, x = kernel.layout.pack(stored), torch.randn(192), torch.randn(rows, 128).to(dtype)
+    assert kernel.into is not None
+    whole, memory = torch.empty(rows, 192, dtype=dtype), torch.full((rows, 192), torch.nan, dtype=dtype)
+    kernel.into(x, packed, bias, whole, "relu", ())
+    kernel.into(x, packed, bias, memory, "relu", sizes)
+    pieces = memory.flatten().split([rows * size for size in sizes])
+    for piece, expected in zip(pieces, whole.split(list(sizes), 1), strict=True):
+        assert torch.equal(piece.view(expected.shape), expected)
+
+
+class Attention(nn.Module):
+    """Three siblings, whose outputs are used in ways that need them contiguous."""
+
+    def __init__(self, sizes: Sequence[int], bias: bool = True, program: str = "1:fused_int8") -> None:
+        super().__init__()
+        layers = [nn.Linear(64, size, bias=bias).requires_grad_(False) for size in sizes]
+        self.layers = nn.ModuleList(
+            PlannedLinear.from_linear("layer", layer, find_candidate("int8_dynamic"), program) for layer in layers
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = torch.tanh(x)
+        return [layer(x).view(x.shape[0], -1).cos() for layer in self.layers]
+
+    def joined(self) -> Attention:
+        join("layers", [*self.layers], self.layers[0].program)  # type: ignore[list-item]
+        return self
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 64), (2, 9, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("freezing", [True, False])
+def test_siblings_write_their_pieces(bias: bool, shape: tuple[int, ...], dtype: torch.dtype, freezing: bool) -> None:
+    block, x = Attention([64, 32, 32], bias).to(dtype), torch.randn(shape, dtype=dtype)
+    torch.compiler.reset()
+    with torch.no_grad(), torch._inductor.config.patch(freezing=freezing):
+        expected = block(x)
+        code = code_of(torch.compile(block.joined(), fullgraph=True), x)
+        assert "pieces=(64, 32, 32)" in code or "pieces=[64, 32, 32]" in code
+        for y, alone in zip(torch.compile(block)(x), expected, strict=True):
+            torch.testing.assert_close(y, alone, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "program", "dynamic"),
+    [([64, 48, 32], "1:fused_int8", False), ([64, 32], "1:int_mm", False), ([64, 32], "1:fused_int8", True)],
+)
+def test_other_siblings_have_their_pieces_cut_out(sizes: list[int], program: str, dynamic: bool) -> None:
+    block, x = Attention(sizes, program=program), torch.randn(5, 64)
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = block(x)
+        for y, alone in zip(torch.compile(block.joined(), dynamic=dynamic)(x), expected, strict=True):
+            torch.testing.assert_close(y, alone, atol=0.02, rtol=0)
+
+
+def test_gradients_flow_through_siblings_as_ever() -> None:
+    block, x = Attention([64, 32]), torch.randn(5, 64, requires_grad=True)
+    (expected,) = torch.autograd.grad(sum(y.sum() for y in block(x)), x)
+    torch.compiler.reset()
+    (gradient,) = torch.autograd.grad(sum(y.sum() for y in torch.compile(block.joined())(x)), x)
+    torch.testing.assert_close(gradient, expected, atol=0.03, rtol=0.03)
 
 
 # Calls.
@@ -240,6 +317,7 @@ import torch, torch._dynamo.utils
 from torch import nn
 from autoplan.candidates import find_candidate
 from autoplan.layers import PlannedLinear
+from autoplan.siblings import join
 torch.manual_seed(0)
 layer = PlannedLinear.from_linear("layer", nn.Linear(32, 64), find_candidate("int8_dynamic"), "1:fused_int8")
 with torch.no_grad():
