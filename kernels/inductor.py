@@ -11,8 +11,8 @@ Otherwise it would be read and written again to have pieces that are contiguous 
 The call: the graph calls the kernel itself, not the op, whose way through torch's dispatcher and back takes longer than
 the product of a small layer; and where it writes is memory that Inductor has planned, with the rest of the graph.
 
-Only graphs with our op notice: no setting of Inductor's is changed. Both lean on parts of torch that come and go. In a
-torch that has other ones, layers run as one op each.
+Only graphs with our op notice: no setting of Inductor's is changed. All of it leans on parts of torch that come and go.
+In a torch that has other ones, layers run as one op each.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ def _install() -> None:
 
 @functools.cache
 def _tell_inductor() -> None:
-    for what, tell in (("activation functions are not taken into layers", _fuse_activations),
-                       ("layers are called as ops", _call_directly)):  # fmt: skip
+    for tell, otherwise in (
+        (_rewrite_graphs, "layers are not fused with what comes after them"),
+        (_call_directly, "layers are called as ops"),
+    ):
         try:
             tell()
         except (ImportError, AttributeError, LookupError) as error:  # an Inductor of another kind
-            _logger.info("%s: %s: %s", what, type(error).__name__, error)
+            _logger.info("%s: %s: %s", otherwise, type(error).__name__, error)
 
 
 ops.tracing_watchers.append(_install)
 
-# Activation functions.
 
-
-def _fuse_activations() -> None:
+def _rewrite_graphs() -> None:
     from torch._inductor.pattern_matcher import Arg, CallFunction, register_graph_pattern
 
     patterns: Any = sys.modules[_POST_GRAD].pass_patterns[0]
@@ -71,6 +71,9 @@ def _fuse_activations() -> None:
         layer = match.output_node()
         fuse(layer)
         split(layer)
+
+
+# Activation functions.
 
 
 def fuse(layer: fx.Node) -> None:
