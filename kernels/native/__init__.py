@@ -104,8 +104,8 @@ def _unpack_int4(packed: ops.Packed) -> Canonical:
     codes = lines.transpose(1, 2).reshape(columns * 16, -1)[:out_features, : in_features // 2].contiguous()
 
     def rows(place: int, dtype: torch.dtype) -> Tensor:
-        values = _part(packed, place, (columns, groups, 16), dtype)
-        return values.transpose(1, 2).reshape(columns * 16, groups)[:out_features].contiguous()
+        values = _part(packed, place, (columns, groups, 16), dtype).transpose(1, 2).reshape(columns * 16, groups)
+        return values[:out_features].clone(memory_format=torch.contiguous_format)
 
     return {"codes": codes, "scale": rows(1, torch.float32), "zero_point": rows(2, torch.uint8)}
 
