@@ -106,6 +106,8 @@ def _panel(axis: Any, title: str, rows: Sequence[Row]) -> None:
     at = {row["peer"]: (max(float(row["divergence"]), LEAST), float(row["speedup"])) for row in rows}
     ours = sorted(point for peer, point in at.items() if peer.startswith("autoplan") and "given" not in peer)
     axis.plot(*zip(*ours, strict=True), "-o", color="tab:red", zorder=3) if ours else None
+    given = [point for peer, point in at.items() if peer.startswith("autoplan") and "given" in peer]  # another model
+    axis.plot(*zip(*given, strict=True), "o", color="tab:red", fillstyle="none") if given else None
     theirs = [point for peer, point in at.items() if not peer.startswith("autoplan") and peer != BASELINE]
     axis.scatter(*zip(*theirs, strict=True), s=16, color="tab:blue") if theirs else None
     for peer, point in at.items():
