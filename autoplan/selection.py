@@ -300,7 +300,7 @@ def explained(layer: LayerPlan, budget: Budget, kappa: float, pinned: bool) -> L
     else:
         reason = "nothing is surely faster"
     if layer.runs_fused:
-        reason += f"; as one product with {layer.siblings}"
+        reason += f"; as one product: {layer.siblings.removeprefix(layer.name.rpartition('.')[0] + '.')}"
     return replace(layer, reason=reason)
 
 

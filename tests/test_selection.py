@@ -352,7 +352,7 @@ def test_only_siblings_that_chose_alike_run_as_one() -> None:
     assert selection.fused_sets(keep_float(alike, "it was slower")) == []
     assert selection.fused_sets(choosing(QKV[:1], ["bf16"])) == []
     told = explained(alike[0], Budget(divergence=1.0), 1.0, pinned=False).reason
-    assert "as one product with q+k+v" in told
+    assert "as one product: q+k+v" in told
 
 
 def test_siblings_in_groups_and_with_pins() -> None:
