@@ -77,9 +77,13 @@ def layers() -> dict[str, Callable[[], object]]:
     }
     for candidate, kernel in PROGRAMS:
         layer = PlannedLinear.from_linear("layer", model[0], find_candidate(candidate), f"1:{kernel}")
-        into, out = kernels.find_kernel(kernel).into, torch.empty(1, SIZE)
+        run, into, out = kernels.find_kernel(kernel).run, kernels.find_kernel(kernel).into, torch.empty(1, SIZE)
         calls[candidate] = functools.partial(layer, x)
-        calls[f"kernel of {candidate}"] = functools.partial(into, x, layer._packed, layer.bias, out, "none", ())
+        calls[f"kernel of {candidate}"] = (
+            functools.partial(run, x, layer._packed, layer.bias, torch.float32)
+            if into is None
+            else functools.partial(into, x, layer._packed, layer.bias, out, "none", ())
+        )
     return calls
 
 
