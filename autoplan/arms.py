@@ -43,6 +43,12 @@ class Arms:
         self._pools: dict[tuple[str, int, int, str], list[Packed]] | None = {} if shared else None
         self._quantized: dict[tuple[str, int, int], packing.Canonical] = {}
 
+    def at(self, shape: Shape, x: Tensor) -> Arms:
+        """Those at a shape that differs in rows or parts, with the same weight: what was quantized stays so."""
+        moved = Arms(shape, self.weight, self.bias, x, shared=self._pools is not None)
+        moved._quantized = self._quantized
+        return moved
+
     def plain(self) -> Maker:
         """`F.linear`: in an `nn.Linear` or, in compiled mode, as the graph calls it."""
         x, weight = self.x, self.weight.to(self.x.dtype)  # under autocast, torch keeps the cast weight

@@ -91,8 +91,10 @@ def measure(
                 found[key] = measurement
         if not missing or seconds_left() <= 0:
             continue
+        if arms is not None and replace(arms.shape, rows=shape.rows, parts=shape.parts) != shape:
+            arms = None  # another weight: this one is freed before that is made
         arms = _arms(shape, seed, arms)
-        measured = _race(shape, missing, seed, min(_RACE_SECONDS, seconds_left()), arms)
+        measured = _race(arms, missing, seed, min(_RACE_SECONDS, seconds_left()))
         if shape.device == "cuda":
             arms = None
             torch.cuda.empty_cache()  # the weight copies' memory: the user's again
@@ -145,30 +147,26 @@ def _from_record(shape: Shape, value: Mapping[str, Any]) -> Measurement | None:
     return measurement if sound and measurement.ratio > 0 else None
 
 
-def _arms(shape: Shape, seed: int, last: Arms | None) -> Arms:
-    """What makes the arms at `shape`, of random weights: of those of the `last` race, if they are of the same size."""
+def _arms(shape: Shape, seed: int, last: Arms | None = None) -> Arms:
+    """What makes the arms of a race at `shape`: with the weight of the `last` one, else with random ones."""
     draw = functools.partial(
         torch.randn, generator=torch.Generator(shape.device).manual_seed(seed), device=shape.device
     )
     x = draw((shape.rows, shape.in_features)).to(getattr(torch, shape.dtype))
-    if last is not None and replace(last.shape, rows=shape.rows, parts=shape.parts) == shape:
-        last.shape, last.x = shape, x
-        return last
+    if last is not None:
+        return last.at(shape, x)
     weight_dtype = getattr(torch, shape.weight_dtype)
     weight = (draw((shape.out_features, shape.in_features)) * 0.02).to(weight_dtype)
     bias = draw(shape.out_features).to(weight_dtype) if shape.has_bias else None
     return Arms(shape, weight, bias, x, shared=shape.device == "cuda")
 
 
-def _race(
-    shape: Shape, contenders: Sequence[Contender], seed: int, max_seconds: float, arms_of: Arms | None = None
-) -> list[Measurement]:
-    """One race at one shape, with as many copies of each weight as it takes to leave the caches.
+def _race(arms_of: Arms, contenders: Sequence[Contender], seed: int, max_seconds: float) -> list[Measurement]:
+    """One race, with as many copies of each weight as it takes to leave the caches.
 
     At a shape with parts, the baseline is the parts one after another, and a contender the product of all.
     """
-    arms_of = arms_of or _arms(shape, seed, None)
-    weight = arms_of.weight
+    shape, weight = arms_of.shape, arms_of.weight
     on_gpu, first = shape.device == "cuda", APART if shape.parts else BASELINE
     failures: dict[tuple[str, str], str] = {}
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -259,10 +260,7 @@ def _program(measurements: Sequence[Measurement]) -> str:
 def _gate(
     options: list[Option], candidates: Iterable[Candidate], baseline_us: float, pinned: str | None, wants_bytes: bool
 ) -> list[Option]:
-    """Reject what cannot be worth its harm: not surely faster than the plain layer, or than `none` at its best.
-
-    Nor are groups that are not faster, by the margin, than finer ones of the same recipe, which do less harm.
-    """
+    """Reject what cannot be worth its harm: not surely faster than the plain layer, or than `none` at its best."""
     if pinned is not None:
         return [
             option if option.candidate == pinned or option.rejected else replace(option, rejected=f"pinned to {pinned}")
@@ -283,16 +281,17 @@ def _gate(
                     option, rejected=f"not faster than none on {kernel_names(none.program)}, which is exact"
                 )
         gated.append(option)
-    finer: list[tuple[type[Candidate], Option]] = []
-    for candidate in sorted((c for c in candidates if c.group_size), key=lambda c: c.group_size or 0):
-        place, option = next((i, o) for i, o in enumerate(gated) if o.candidate == candidate.name)
-        if option.rejected or option.us is None:
-            continue
-        for kind, other in finer:
-            if kind is type(candidate) and other.us is not None and option.us > (1 - MARGIN) * other.us:
-                why = f"not {MARGIN:.0%} faster than {other.candidate}, whose groups are finer"
-                gated[place] = replace(option, rejected=why)
-                break
-        else:
-            finer.append((type(candidate), option))
-    return gated
+    coarse = _not_faster_than_finer(gated, candidates)
+    return [replace(option, rejected=coarse.get(option.candidate, option.rejected)) for option in gated]
+
+
+def _not_faster_than_finer(options: Sequence[Option], candidates: Iterable[Candidate]) -> dict[str, str]:
+    """Groups that are not faster, by the margin, than finer ones of the same recipe, which do less harm; and why."""
+    us = {option.candidate: option.us for option in options if not option.rejected and option.us is not None}
+    grouped = sorted((c for c in candidates if c.group_size and c.name in us), key=lambda c: c.group_size or 0)
+    found: dict[str, str] = {}
+    for finer, coarser in itertools.combinations(grouped, 2):
+        alike = type(finer) is type(coarser) and finer.name not in found
+        if alike and us[coarser.name] > (1 - MARGIN) * us[finer.name]:
+            found.setdefault(coarser.name, f"not {MARGIN:.0%} faster than {finer.name}, whose groups are finer")
+    return found

@@ -73,14 +73,19 @@ def _rewrite_graphs() -> None:
         split(layer)
 
 
+def _output(layer: fx.Node) -> fx.Node:
+    """What the rest of the graph uses: the layer's output, or that in another shape."""
+    if len(layer.users) == 1 and (use := next(iter(layer.users))).target in _RESHAPES:
+        return use
+    return layer
+
+
 # Activation functions.
 
 
 def fuse(layer: fx.Node) -> None:
     """Take the activation function after a layer into it, if there is one that nothing else comes between."""
-    output = layer
-    if len(layer.users) == 1 and (use := next(iter(layer.users))).target in _RESHAPES:
-        output = use
+    output = _output(layer)
     looks = _looks(layer.args[5])  # type: ignore[arg-type]
     within: dict[fx.Node, str] = {output: "y"}  # what is computed of the output alone
     for node in _following(output):
@@ -159,19 +164,18 @@ def split(layer: fx.Node) -> None:
     """Have a layer write its output in pieces, each with its bias, if that is all that becomes of it."""
     args: Any = layer.args
     x, packed, bias, program, features, dtype, activation, _ = args
-    output = next(iter(layer.users)) if len(layer.users) == 1 else layer
-    if output.target not in _RESHAPES:
-        output = layer
-    rows, found = layer.meta["val"].shape[0], [_piece(use) for use in output.users]
+    output, rows = _output(layer), layer.meta["val"].shape[0]
+    found = [_piece(use) for use in output.users]
     pieces = sorted((piece for piece in found if piece is not None), key=attrgetter("start"))
     ends = list(itertools.accumulate((piece.size for piece in pieces), initial=0))
+    if bias is not None or activation != "none" or not isinstance(rows, int):
+        return
+    if len(pieces) < max(2, len(found)) or [*(piece.start for piece in pieces), features] != ends:
+        return  # not all of it becomes pieces, each channel in one of them
     biases = [piece.bias for piece in pieces if piece.bias is not None]
-    if (
-        len(pieces) < max(2, len(found)) or ends[-1] != features or [piece.start for piece in pieces] != ends[:-1]
-        or any(piece.size % _STRIP for piece in pieces) or len(biases) not in (0, len(pieces))
-        or len({node.meta["val"].dtype for node in biases}) > 1 or not isinstance(rows, int)
-        or bias is not None or activation != "none"
-    ):  # fmt: skip
+    if len(biases) not in (0, len(pieces)) or len({node.meta["val"].dtype for node in biases}) > 1:
+        return
+    if any(piece.size % _STRIP for piece in pieces):
         return
 
     def call(target: Any, *args: Any) -> fx.Node:

@@ -185,26 +185,21 @@ def unpack_program(program: str, packed: Packed) -> Canonical:
     return kernels[0].layout.unpack(packed[slices[0]])
 
 
-def _step(program: str, packed: Packed, rows: int) -> tuple[Kernel, Packed]:
-    """The kernel that runs so many rows, and its packed tensors."""
+def _step(program: str, rows: int) -> tuple[Kernel, slice]:
+    """The kernel that runs so many rows, and where among the packed tensors it finds its own."""
     thresholds, kernels, slices = parse_program(program)
-    i = _step_at(thresholds, rows)
-    return kernels[i], packed[slices[i]]
+    i = max(bisect.bisect_right(thresholds, rows) - 1, 0)
+    return kernels[i], slices[i]
 
 
 def writes_in_place(program: str) -> bool:
-    """Whether whatever kernel runs writes into the output it is given, and takes activation functions."""
+    """Whether whatever kernel runs has an `into`."""
     return all(kernel.into is not None for kernel in parse_program(program)[1])
 
 
 def kernel_at(program: str, rows: int) -> Kernel:
     """The kernel that `program` names for this many rows."""
-    thresholds, kernels, _ = parse_program(program)
-    return kernels[_step_at(thresholds, rows)]
-
-
-def _step_at(thresholds: tuple[int, ...], rows: int) -> int:
-    return max(bisect.bisect_right(thresholds, rows) - 1, 0)
+    return _step(program, rows)[0]
 
 
 def run_linear(
@@ -222,13 +217,13 @@ def run_linear(
     [rows, out_features]; with `pieces`, in that shape and memory, [rows, size] for each of the sizes one after another.
     """
     rows = x.shape[0]
-    kernel, own = _step(program, packed, rows)
+    kernel, own = _step(program, rows)
     if rows and kernel.into is None:
-        y = ACTIVATIONS[activation](kernel.run(x, own, bias, dtype))
+        y = ACTIVATIONS[activation](kernel.run(x, packed[own], bias, dtype))
         return torch.cat([piece.flatten() for piece in y.split(list(pieces), 1)]).view_as(y) if pieces else y
     out = x.new_empty((rows, out_features), dtype=dtype)
     if rows and kernel.into is not None:
-        kernel.into(x, own, bias, out, activation, tuple(pieces))
+        kernel.into(x, packed[own], bias, out, activation, tuple(pieces))
     return out
 
 
@@ -243,10 +238,10 @@ def run_linear_into(
 ) -> None:
     """The same, into `out` [rows, out_features], where the program `writes_in_place`."""
     if rows := x.shape[0]:
-        kernel, own = _step(program, packed, rows)
+        kernel, own = _step(program, rows)
         if kernel.into is None:
             raise KernelError(f"kernel {kernel.name!r} does not write into an output that it is given")
-        kernel.into(x, own, bias, out, activation, tuple(pieces))
+        kernel.into(x, packed[own], bias, out, activation, tuple(pieces))
 
 
 def call_linear(
@@ -276,14 +271,7 @@ def define_op(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tenso
 
 
 def _linear_fake(
-    x: Tensor,
-    packed: Packed,
-    bias: Tensor | None,
-    program: str,
-    out_features: int,
-    dtype: torch.dtype,
-    activation: str,
-    pieces: Sequence[int],
+    x: Tensor, packed: Packed, bias: Tensor | None, program: str, out_features: int, dtype: torch.dtype, *_: object
 ) -> Tensor:
     for watcher in tracing_watchers:
         watcher()

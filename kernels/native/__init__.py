@@ -25,16 +25,15 @@ _ACTIVATIONS = {name: code for code, name in enumerate(ops.ACTIVATIONS)}  # enum
 # Layouts: one tensor of bytes, as `struct Packed` of product.h says. So a call passes one address for a whole weight,
 # and a compiled model has one tensor a layer to check and hand on.
 
-_HEADER = 64  # bytes: out_features, in_features, group_size, and where the parts begin
-_ALIGNMENT = 64
+_ALIGNMENT = 64  # bytes; so many take the header: out_features, in_features, group_size, and where the parts begin
 
 
 def _join(sizes: tuple[int, int, int], *parts: Tensor) -> tuple[Tensor]:
     """A header and these parts, in one tensor."""
-    begins, end = [], _HEADER
+    begins, end = [], _ALIGNMENT
     for part in parts:
         begins.append(end)
-        end += -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
+        end += _round_up(part.nbytes, _ALIGNMENT)
     joined = torch.zeros(end, dtype=torch.int8, device=parts[0].device)
     joined[: 8 * (len(sizes) + len(parts))].view(torch.int64).copy_(torch.tensor([*sizes, *begins]))
     for begin, part in zip(begins, parts, strict=True):
@@ -49,7 +48,7 @@ def _sizes(packed: ops.Packed) -> tuple[int, int, int]:
 
 def _part(packed: ops.Packed, place: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A part that has been joined: a view."""
-    begin = int(packed[0][24:_HEADER].view(torch.int64)[place])
+    begin = int(packed[0][24:_ALIGNMENT].view(torch.int64)[place])
     return packed[0][begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
