@@ -28,7 +28,8 @@ from autoplan.selection import PLAIN, kernel_names
 
 SHAPES = ("64x64", "384x384", "1536x384", "384x1536", "4096x4096", "11008x4096")
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
-CANDIDATES = ("none", "bf16", "int8_weight_only", "int8_dynamic", "int4_g128", "fp8_weight_only", "fp8_dynamic")
+CANDIDATES = ("none", "bf16", "int8_weight_only", "int8_dynamic", "int4_g128", "int4_dynamic_g128",
+              "fp8_weight_only", "fp8_dynamic")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from autoplan.apply import stand_ins_of
 from autoplan.records import EAGER
 from autoplan.validate import whole_model_times
 
-CANDIDATES = ["int8_weight_only", "int8_dynamic", "int8_dual", "int4_g128"]
+CANDIDATES = ["int8_weight_only", "int8_dynamic", "int8_dual", "int4_g128", "int4_dynamic_g128"]
 WEIGHTS = {"prefill": 1.0, "decode": 256.0}
 VOCABULARY = 4096  # less than Llama's
 ANYTHING = Budget(divergence=1e6)  # of random weights no output means anything

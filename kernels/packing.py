@@ -20,7 +20,7 @@ from torch import Tensor
 Canonical = dict[str, Tensor]
 
 _TINY = 1e-30  # a scale for all-zero rows: its codes are zero, so any positive value gives exact zeros
-_CLIP_RATIOS = tuple(1.0 - 0.02 * step for step in range(26))
+CLIP_RATIOS = tuple(1.0 - 0.02 * step for step in range(26))
 
 
 def quantize_per_channel(weight: Tensor, dtype: torch.dtype) -> Canonical:
@@ -55,16 +55,16 @@ def _quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Ten
     high = groups.amax(dim=2, keepdim=True).clamp_min(0)
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
-    for ratio in _CLIP_RATIOS:
+    for ratio in CLIP_RATIOS:
         scale = ((high - low) * (ratio / 15)).clamp_min(_TINY)
         zero = (-low * ratio / scale).round_().clamp_(0, 15)
-        codes = (groups / scale + zero).round_().clamp_(0, 15)
+        codes = (groups * scale.reciprocal()).round_().add_(zero).clamp_(0, 15)
         error = codes.sub_(zero).mul_(scale).sub_(groups).square_().sum(dim=2, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
-    codes = (groups / best_scale + best_zero).round_().clamp_(0, 15).to(torch.uint8)
+    codes = (groups * best_scale.reciprocal()).round_().add_(best_zero).clamp_(0, 15).to(torch.uint8)
     return codes.flatten(1), best_scale.squeeze(2), best_zero.squeeze(2).to(torch.uint8)
 
 

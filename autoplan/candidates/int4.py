@@ -1,26 +1,42 @@
-"""int4 weights in groups along in_features ("int4_grouped"); activations left as they are."""
+"""int4 weights in groups along in_features; activations left as they are ("int4_grouped"), or int8 by row."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from autoplan.candidates.base import Candidate, register_candidate
-from autoplan.kernels.packing import Canonical, quantize_int4
+from autoplan.candidates.int8 import rounded_rows
+from autoplan.kernels.native import quantize_int4_fast
+from autoplan.kernels.packing import Canonical
 
 
 class Int4Grouped(Candidate):
     """W4A16: asymmetric int4, a float32 scale and an integer zero point per group, ranges clipped by search."""
 
     tensors = ("codes", "scale", "zero_point")
-    kernels = ("tiled_int4", "int4pack", "w4_gemm_small", "tinygemm", "dequantize_int4")
+    kernels: tuple[str, ...] = ("tiled_int4", "int4pack", "w4_gemm_small", "tinygemm", "dequantize_int4")
 
     def __init__(self, group_size: int) -> None:
         self.name = f"int4_g{group_size}"
         self.group_size = group_size
 
     def quantize(self, weight: Tensor) -> Canonical:
-        return quantize_int4(weight, self.group_size or weight.shape[1])
+        return quantize_int4_fast(weight, self.group_size or weight.shape[1])
+
+
+class Int4Dynamic(Int4Grouped):
+    """W4A8: the same weights; int8 activations whose scale is each row's absmax / 127, found at each call."""
+
+    kernels = ("fused_int4",)
+
+    def __init__(self, group_size: int) -> None:
+        super().__init__(group_size)
+        self.name = f"int4_dynamic_g{group_size}"
+
+    def linear(self, x: Tensor, canonical: Canonical, bias: Tensor | None) -> Tensor:
+        return super().linear(rounded_rows(x), canonical, bias)
 
 
 for _group_size in (32, 64, 128):
     register_candidate(Int4Grouped(_group_size))
+    register_candidate(Int4Dynamic(_group_size))

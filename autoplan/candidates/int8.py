@@ -9,6 +9,12 @@ from autoplan.candidates.base import Candidate, register_candidate
 from autoplan.kernels.packing import Canonical, quantize_per_channel
 
 
+def rounded_rows(x: Tensor) -> Tensor:
+    """`x` [rows, in_features], each row rounded to multiples of its absmax / 127: what int8 activations stand for."""
+    scale = (x.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-30)
+    return (x / scale).round() * scale
+
+
 class Int8WeightOnly(Candidate):
     """W8A16: per-channel int8 weights, float activations."""
 
@@ -27,8 +33,7 @@ class Int8Dynamic(Int8WeightOnly):
     kernels = ("fused_int8", "onednn_u8s8", "int_mm", "a8w8_fused_small_int8", "a8w8_gemm_int8", "int_mm_cuda")
 
     def linear(self, x: Tensor, canonical: Canonical, bias: Tensor | None) -> Tensor:
-        scale = (x.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-30)
-        return super().linear((x / scale).round() * scale, canonical, bias)
+        return super().linear(rounded_rows(x), canonical, bias)
 
 
 class Int8Dual(Int8WeightOnly):

@@ -16,7 +16,7 @@ from torch import Tensor
 from autoplan.errors import KernelError
 from autoplan.kernels import ops
 from autoplan.kernels.native.build import library
-from autoplan.kernels.packing import Canonical, quantize_int4, quantize_per_channel
+from autoplan.kernels.packing import CLIP_RATIOS, Canonical, quantize_int4, quantize_per_channel
 from autoplan.kernels.reference import linear_float64, relative_error
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of simd.h
@@ -82,12 +82,17 @@ def _unpack_int8(packed: ops.Packed) -> Canonical:
 
 
 def _pack_int4(canonical: Canonical) -> tuple[Tensor, ...]:
-    """Bytes [out / 16, in / 8, 16, 4]: eight codes of each of 16 channels, side by side, the first in the low half."""
+    """Bytes [out / 16, in / 8, 16, 4]: eight codes of each of 16 channels, side by side, the first in the low half.
+
+    Beside the scales of groups, one for each channel: that of int8 codes that hold whatever its int4 codes stand for.
+    """
     codes, scale, zero_point = canonical["codes"], canonical["scale"], canonical["zero_point"]
     padded = _padded(codes, 4)
     lines = padded.view(padded.shape[0] // 16, 16, padded.shape[1] // 4, 4).transpose(1, 2)
     sizes = (codes.shape[0], 2 * codes.shape[1], 2 * codes.shape[1] // scale.shape[1])
-    return _join(sizes, lines, _columns(scale), _columns(zero_point))
+    largest = torch.maximum(zero_point, 15 - zero_point) * scale  # of a group's
+    channel_scale = _padded((largest.amax(dim=1, keepdim=True) / 127).clamp_min_(1e-30), 1)
+    return _join(sizes, lines, _columns(scale), _columns(zero_point), channel_scale)
 
 
 def _columns(values: Tensor) -> Tensor:
@@ -111,6 +116,40 @@ def _unpack_int4(packed: ops.Packed) -> Canonical:
 
 _INT8_TILES = ops.Layout("int8_tiles", 1, _pack_int8, _unpack_int8)
 _INT4_LINES = ops.Layout("int4_lines", 1, _pack_int4, _unpack_int4)
+
+
+# Quantizing.
+
+
+def quantize_int4_fast(weight: Tensor, group_size: int) -> Canonical:
+    """What `packing.quantize_int4` finds, in C++ where this machine, the weight and the size of groups allow.
+
+    Sums are rounded in another order, so where two ranges are equally good they may not choose the same one.
+    """
+    weight = weight.detach()
+    plain = type(weight) is Tensor and weight.device.type == "cpu" and weight.dtype in _CODES
+    if not plain or group_size % 16 or weight.shape[1] % group_size or _missing():
+        return quantize_int4(weight, group_size)
+    weight = weight.contiguous()
+    (out_features, in_features), ratios = weight.shape, torch.tensor(CLIP_RATIOS, dtype=torch.float64)
+    codes = torch.empty((out_features, in_features // 2), dtype=torch.uint8)
+    scale = torch.empty((out_features, in_features // group_size))
+    zero_point = torch.empty_like(scale, dtype=torch.uint8)
+    library().autoplan_quantize_int4(
+        weight.data_ptr(), _CODES[weight.dtype], out_features, in_features, group_size, ratios.data_ptr(), len(ratios),
+        codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return {"codes": codes, "scale": scale, "zero_point": zero_point}
+
+
+@functools.cache
+def _missing() -> str:
+    """What this machine lacks for the C++; "" if nothing."""
+    try:
+        library()
+    except KernelError as missing:
+        return str(missing)
+    return ""
 
 
 # Kernels.
@@ -142,14 +181,12 @@ def _register(name: str, layout: ops.Layout, function: str, canonical: Callable[
         return None if spec.dtype in _CODES else f"input dtype {spec.dtype} is not float32, bfloat16 or float16"
 
     def probe() -> str | None:
-        """Few rows and many against float64; a KernelError says what this machine lacks."""
+        """Few rows and many against float64."""
         generator = torch.Generator().manual_seed(0)
         stored = canonical(torch.randn(41, 96, generator=generator))
         x, bias = torch.randn(67, 96, generator=generator), torch.randn(41, generator=generator)
-        try:
-            library()
-        except KernelError as missing:
-            return str(missing)
+        if missing := _missing():
+            return missing
         for rows in (3, 67):
             y = run(x[:rows], layout.pack(stored), bias, torch.float32)
             error = relative_error(y, linear_float64(x[:rows], stored, bias))
@@ -167,5 +204,6 @@ def _quantize_int8(weight: Tensor) -> Canonical:
 
 
 _register("fused_int8", _INT8_TILES, "autoplan_int8_dynamic", _quantize_int8)
+_register("fused_int4", _INT4_LINES, "autoplan_int4_dynamic", lambda weight: quantize_int4(weight, 32))
 _register("tiled_int8", _INT8_TILES, "autoplan_int8_weight", _quantize_int8)
 _register("tiled_int4", _INT4_LINES, "autoplan_int4_weight", lambda weight: quantize_int4(weight, 32))

@@ -20,12 +20,14 @@ import platformdirs
 
 from autoplan.errors import KernelError
 
-_SOURCES = ("int8_dynamic.cpp", "weight_only.cpp")
+_SOURCES = ("dynamic.cpp", "weight_only.cpp", "quantize.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_FUNCTIONS = ("autoplan_int8_dynamic", "autoplan_int8_weight", "autoplan_int4_weight")
-# x, packed, bias, out; rows; dtype of x, dtype of the bias, activation; sizes of the pieces; threads
-_ARGUMENTS = (_P, _P, _P, _P, _N, _I, _I, _I, _P, _I)
+_KERNELS = ("autoplan_int8_dynamic", "autoplan_int4_dynamic", "autoplan_int8_weight", "autoplan_int4_weight")
+# Of a kernel: x, packed, bias, out; rows; dtype of x, dtype of the bias, activation; sizes of the pieces; threads
+_KERNEL_TAKES = (_P, _P, _P, _P, _N, _I, _I, _I, _P, _I)
+# The weight, its dtype, rows, in_features, group size; ratios and their count; codes, scale, zero point; threads
+_QUANTIZE_TAKES = (_P, _I, _N, _N, _N, _P, _N, _P, _P, _P, _I)
 
 
 @functools.cache
@@ -37,9 +39,9 @@ def library(*flags: str) -> ctypes.CDLL:
     if missing := {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"} - features:
         raise KernelError(f"this CPU lacks {', '.join(sorted(missing))}")
     loaded = ctypes.CDLL(str(_binary(features, flags)))
-    for name in _FUNCTIONS:
+    for name, takes in {**dict.fromkeys(_KERNELS, _KERNEL_TAKES), "autoplan_quantize_int4": _QUANTIZE_TAKES}.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = _ARGUMENTS, None
+        function.argtypes, function.restype = takes, None
     if not loaded.autoplan_available():
         raise KernelError("the operating system does not grant the AMX tile registers")
     return loaded

@@ -25,11 +25,12 @@ static inline int team_for(int64_t rows, int64_t out_features, int64_t in_featur
 
 // A weight as __init__.py packs it: its sizes, where its parts begin (bytes from here), and the parts.
 struct Packed {
-  int64_t out_features, in_features, group_size, codes_at, scale_at, offset_at;
+  int64_t out_features, in_features, group_size, codes_at, scale_at, offset_at, channel_scale_at;
 
   const char* codes() const { return (const char*)this + codes_at; }
   const float* scale() const { return (const float*)((const char*)this + scale_at); }
   const void* offset() const { return (const char*)this + offset_at; }  // zero points, or where sums start
+  const float* channel_scale() const { return (const float*)((const char*)this + channel_scale_at); }
 };
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

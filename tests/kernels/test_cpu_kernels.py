@@ -17,13 +17,14 @@ SIZES = [(k, n) for k in (4, 20, 96, 100, 128, 300, 1000) for n in (1, 8, 17, 33
 ROWS = (1, 4, 129)
 
 INT8 = ("int8pack", "dequantize_int8", "onednn_u8s8", "int_mm", "fused_int8", "tiled_int8")
-INT4 = ("int4pack", "dequantize_int4", "tiled_int4")
+INT4 = ("int4pack", "dequantize_int4", "tiled_int4", "fused_int4")
 FP8 = ("dequantize_fp8", "scaled_mm")
 FLOAT = ("linear", "onednn")
 QUANTIZES_ACTIVATIONS = {
     "onednn_u8s8": 0.012,
     "int_mm": 0.012,
     "fused_int8": 0.012,
+    "fused_int4": 0.012,
     "scaled_mm": 0.05,
 }  # error on N(0, 1) rows, K >= 96
 

@@ -62,13 +62,13 @@ def compiled(block: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("name", ["fused_int8", "tiled_int8", "tiled_int4"])
+@pytest.mark.parametrize("name", ["fused_int8", "fused_int4", "tiled_int8", "tiled_int4"])
 @pytest.mark.parametrize("rows", [3, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels_apply_them_to_what_they_return(name: str, rows: int, dtype: torch.dtype) -> None:
     kernel, weight = find_kernel(name), torch.randn(70, 128)
     stored = (
-        packing.quantize_int4(weight, 64) if name == "tiled_int4" else packing.quantize_per_channel(weight, torch.int8)
+        packing.quantize_int4(weight, 64) if name.endswith("int4") else packing.quantize_per_channel(weight, torch.int8)
     )
     packed, bias, x = kernel.layout.pack(stored), torch.randn(70), 0.3 * torch.randn(rows, 128).to(dtype)
     assert kernel.into is not None
@@ -184,13 +184,13 @@ def test_gradients_through_an_activation_are_refused() -> None:
 # Pieces.
 
 
-@pytest.mark.parametrize("name", ["fused_int8", "tiled_int8", "tiled_int4"])
+@pytest.mark.parametrize("name", ["fused_int8", "fused_int4", "tiled_int8", "tiled_int4"])
 @pytest.mark.parametrize("rows", [3, 70, 700])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_write_in_pieces(name: str, rows: int, dtype: torch.dtype) -> None:
     kernel, weight, sizes = find_kernel(name), torch.randn(192, 128), (64, 32, 96)
     stored = (
-        packing.quantize_int4(weight, 64) if name == "tiled_int4" else packing.quantize_per_channel(weight, torch.int8)
+        packing.quantize_int4(weight, 64) if name.endswith("int4") else packing.quantize_per_channel(weight, torch.int8)
     )
     packed, bias, x = kernel.layout.pack(stored), torch.randn(192), torch.randn(rows, 128).to(dtype)
     assert kernel.into is not None

@@ -14,7 +14,8 @@ from autoplan.kernels.native import build
 from autoplan.kernels.reference import linear_float64, relative_error
 
 FEW_ROWS = 6  # of weight_only.cpp
-KERNELS = ("fused_int8", "tiled_int8", "tiled_int4")
+DYNAMIC = ("fused_int8", "fused_int4")  # int8 activations
+KERNELS = (*DYNAMIC, "tiled_int8", "tiled_int4")
 NO_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
 INSTRUCTION_SETS = {
     "all of this CPU's": (),
@@ -42,7 +43,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def canonical(name: str, out_features: int, in_features: int) -> packing.Canonical:
     weight = torch.randn(out_features, in_features) * 0.05
-    if name == "tiled_int4":
+    if name.endswith("int4"):
         return packing.quantize_int4(weight, next(g for g in (128, 64, 32) if in_features % g == 0))
     return packing.quantize_per_channel(weight, torch.int8)
 
@@ -59,11 +60,11 @@ def test_every_path_is_close_to_float64(name: str, dtype: torch.dtype) -> None:
     for out_features, in_features in sizes:
         stored, bias = canonical(name, out_features, in_features), torch.randn(out_features).to(dtype)
         packed = kernel.layout.pack(stored)
-        for rows in (1, 2, 3, 6, 7, 16, 17, 31, 33, 200):
+        for rows in (1, 2, 3, 6, 7, 8, 9, 16, 17, 31, 33, 200):
             x = torch.randn(rows, in_features).to(dtype)
             error = relative_error(kernel.run(x, packed, bias, dtype), linear_float64(x, stored, bias))
             # int8 activations; or bfloat16 ones, beyond a few rows, times int4 weights rounded to bfloat16
-            bound = 0.02 if name == "fused_int8" else 5e-3 if rows > FEW_ROWS else 1e-6
+            bound = 0.02 if name in DYNAMIC else 5e-3 if rows > FEW_ROWS else 1e-6
             assert error <= bound + TOLERANCES[dtype], (out_features, in_features, rows, error)
 
 
@@ -92,14 +93,27 @@ def test_outputs_larger_than_a_cache_have_the_same_values(name: str, dtype: torc
 
 
 @pytest.mark.usefixtures("compiled")
-def test_int8_products_are_exact() -> None:
+@pytest.mark.parametrize(("name", "rows"), [("fused_int8", 90), ("fused_int4", 8)])
+def test_int8_products_are_exact(name: str, rows: int) -> None:
     """Rows of codes with a largest code of 127 are quantized without error, so only float32 rounding is left."""
-    kernel = find_kernel("fused_int8")
-    stored = canonical("fused_int8", 70, 200)
-    x = torch.randint(-127, 128, (90, 200)).float()
+    kernel, stored = find_kernel(name), canonical(name, 70, 192)
+    x = torch.randint(-127, 128, (rows, 192)).float()
     x[:, 7] = 127
     y = kernel.run(x, kernel.layout.pack(stored), None, torch.float32)
     assert relative_error(y, linear_float64(x, stored, None)) < 1e-6
+
+
+@pytest.mark.usefixtures("compiled")
+def test_int4_weights_lose_what_int8_ones_would() -> None:
+    """At many rows the groups of a channel give up their scales, and are rounded to steps of largest value / 127."""
+    kernel, x = find_kernel("fused_int4"), torch.randint(-127, 128, (40, 256)).float()
+    x[:, 0] = 127
+    codes, zero_point = torch.randint(0, 256, (48, 128), dtype=torch.uint8), torch.full((48, 4), 7, dtype=torch.uint8)
+    stored = {"codes": codes, "scale": torch.rand(48, 4) + 0.1, "zero_point": zero_point}
+    y = kernel.run(x, kernel.layout.pack(stored), None, torch.float32)
+    steps, weight = stored["scale"].amax(dim=1) * (15 - 7) / 127, packing.dequantize(stored, torch.float64)
+    rounding = float((steps.square().mean() / 12 / weight.square().mean()).sqrt())
+    assert 0.8 * rounding < relative_error(y, linear_float64(x, stored, None)) < 1.2 * rounding
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -124,6 +138,38 @@ def test_several_threads_may_call_at_once(name: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         for y in pool.map(lambda _: kernel.run(x, packed, None, torch.float32), range(64)):
             assert torch.equal(y, expected)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("out_features", "in_features", "group_size"), [(1, 32, 32), (37, 192, 64), (19, 288, 48)])
+def test_int4_weights_are_quantized_as_torch_does(
+    dtype: torch.dtype, out_features: int, in_features: int, group_size: int
+) -> None:
+    weight = torch.randn(in_features, out_features).to(dtype).t()  # strided
+    weight[0, :16], weight[-1] = 0, weight[-1].abs()  # parts of groups without a value, groups without a sign
+    found, expected = (quantize(weight, group_size) for quantize in (native.quantize_int4_fast, packing.quantize_int4))
+    assert {key: (t.dtype, t.shape) for key, t in found.items()} == {
+        key: (t.dtype, t.shape) for key, t in expected.items()
+    }
+    for key in found:  # but for ranges that are equally good
+        assert (found[key] == expected[key]).double().mean() > 0.97, key
+    off, best = ((packing.dequantize(c, torch.float64) - weight).norm() for c in (found, expected))
+    assert off == pytest.approx(float(best), rel=1e-5)
+
+
+def test_int4_weights_that_the_cpp_cannot_quantize_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: pytest.fail("called"))
+    monkeypatch.setattr(native, "_missing", lambda: "")
+    for weight, group_size in ((torch.randn(3, 24), 24), (torch.randn(3, 32, dtype=torch.float64), 32)):
+        expected = packing.quantize_int4(weight, group_size)
+        for key, tensor in native.quantize_int4_fast(weight, group_size).items():
+            assert torch.equal(tensor, expected[key])
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        native.quantize_int4_fast(torch.randn(3, 80), 32)
+    assert native.quantize_int4_fast(torch.empty(4, 64, device="meta"), 32)["codes"].device.type == "meta"
+    monkeypatch.setattr(native, "_missing", lambda: "no compiler")
+    assert native.quantize_int4_fast(torch.randn(4, 64), 32)["codes"].shape == (4, 32)
 
 
 def test_the_binary_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,278 @@
+// int8 activations, int8 or int4 weights, in one call: rows quantized as they come, int32 product, scales and bias at its
+// end. int4 weights become int8 ones strip by strip, on the way.
+#include <omp.h>
+#include "product.h"
+
+namespace {
+
+#ifdef __AMX_INT8__
+constexpr char EXCESS = 0;
+#else
+constexpr char EXCESS = (char)128;  // of the activations that `multiply` takes
+#endif
+
+// The codes of one row, by absmax / 127, 64 of them every `stride` bytes; its scale in float32. If they are wanted
+// `dealt`, the even ones of each eight come before the odd ones.
+template <int DTYPE, bool DEALT>
+void quantize(const void* x, int64_t row, int64_t in_features, char* codes, int64_t stride, char excess_, float* scale) {
+  const int64_t at = row * in_features;
+  const float largest = absmax<DTYPE>(x, at, in_features) * (1.0f / 127);
+  *scale = largest < 1e-30f ? 1e-30f : largest;  // a row of zeros; a NaN goes through
+  const __m512 inverse = _mm512_set1_ps(1 / *scale);
+  const __m512i excess = _mm512_set1_epi8(excess_);
+  const auto deal = [](__m512i codes) {
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    return DEALT ? _mm512_shuffle_epi8(codes, _mm512_broadcast_i32x4(order)) : codes;
+  };
+  const auto code = [&](__m512 value) { return _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse)); };
+  const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  int64_t k = 0;
+  for (; k + 64 <= in_features; k += 64, codes += stride) {
+    const __m512i a = code(load<DTYPE>(x, at + k)), b = code(load<DTYPE>(x, at + k + 16));
+    const __m512i c = code(load<DTYPE>(x, at + k + 32)), d = code(load<DTYPE>(x, at + k + 48));
+    const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    _mm512_store_si512(codes, _mm512_xor_si512(deal(_mm512_permutexvar_epi32(in_order, packed)), excess));
+  }
+  if (k < in_features) {
+    alignas(64) int8_t last[64] = {};
+    for (int64_t j = 0; k + j < in_features; j += 16)
+      _mm_store_si128((__m128i*)(last + j), _mm512_cvtsepi32_epi8(code(load<DTYPE>(x, at + k + j, lanes(in_features - k - j)))));
+    _mm512_store_si512(codes, _mm512_xor_si512(deal(_mm512_load_si512(last)), excess));
+  }
+}
+
+// Weights as strips of int8 tiles. `strip(s, scratch, &start)` is the s-th one; `start` are its sums' first values.
+
+struct Int8Weight {
+  static constexpr bool dealt = false;
+  const char* tiles;
+  const int32_t* starts;
+  int64_t strip_bytes;
+  const float* scale;  // of the tiles' codes, by output channel
+
+  int64_t scratch_bytes() const { return 0; }
+  const char* strip(int64_t s, char*, const int32_t** start) const {
+    *start = starts + s * STRIP;
+    return tiles + s * strip_bytes;
+  }
+};
+
+// An int4 weight stands for scale * (code - zero_point), with a scale per group; the int8 tiles have one scale for all of
+// a channel. Rounding to these adds about as much error as int8 weights have, a hundredth of what int4 has already.
+struct Int4Weight {
+  static constexpr int64_t AHEAD = 4096;  // bytes of weights to ask for early
+  static constexpr bool dealt = true;  // a line has the even codes of each eight in its low halves, the odd in its high
+  const char* lines;          // [out_features / 16, in_features / 8, 64]
+  const float* group_scale;   // [out_features / 16, groups, 16]
+  const uint8_t* zero_point;  // the same
+  int64_t in_features, group_size, strip_bytes;
+  const float* scale;
+
+  int64_t scratch_bytes() const { return strip_bytes + STRIP * 4; }
+  const char* strip(int64_t s, char* scratch, const int32_t** start) const {
+    int32_t* const sums = (int32_t*)(scratch + strip_bytes);
+    for (int64_t half = 0; half < 2; half++)
+      tiles(2 * s + half, scratch + half * strip_bytes / 2, sums + 16 * half);
+    *start = sums;
+    return scratch;
+  }
+
+ private:
+  void tiles(int64_t column, char* to, int32_t* sums) const {
+    const int64_t groups = in_features / group_size;
+    const char *line = lines + column * in_features * 8, *const end = to + strip_bytes / 2;
+    const __m512 units = _mm512_div_ps(_mm512_set1_ps(256), _mm512_loadu_ps(scale + column * 16));
+    [[maybe_unused]] __m512i sum = _mm512_setzero_si512();
+    const auto put = [&](__m512i codes) {
+      _mm512_store_si512(to, codes);
+      to += 64;
+#ifndef __AMX_INT8__
+      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8((char)128), codes);
+#endif
+    };
+    for (int64_t g = 0; g < groups; g++) {
+      // In 16-bit lanes: 2^7 (code - zero_point) times 2^8 scale, of which mulhrs gives the rounded 2^-15th.
+      const int64_t at = (column * groups + g) * 16;
+      const __m512i factor = twice(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(group_scale + at), units)));
+      const __m512i zero = _mm512_slli_epi16(twice(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(zero_point + at)))), 7);
+      const auto code = [&](__m512i moved) {
+        return _mm512_mulhrs_epi16(_mm512_sub_epi16(_mm512_and_si512(moved, _mm512_set1_epi16(15 << 7)), zero), factor);
+      };
+      const auto bytes = [](__m512i even, __m512i odd) {
+        return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, even, _mm512_slli_epi16(odd, 8));
+      };
+      for (int64_t k = 0; k < group_size; k += 8, line += 64) {
+        _mm_prefetch(line + AHEAD, _MM_HINT_T0);
+        const __m512i codes = _mm512_loadu_si512(line);
+        put(bytes(code(_mm512_slli_epi16(codes, 7)), code(_mm512_srli_epi16(codes, 1))));
+        put(bytes(code(_mm512_slli_epi16(codes, 3)), code(_mm512_srli_epi16(codes, 5))));
+      }
+    }
+    while (to < end) put(_mm512_setzero_si512());
+#ifndef __AMX_INT8__
+    _mm512_storeu_si512(sums, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+#endif
+  }
+
+  static __m512i twice(__m512i lanes) { return _mm512_or_si512(lanes, _mm512_slli_epi32(lanes, 16)); }
+};
+
+constexpr int64_t GROUP = 128 << 10;      // bytes of codes that stay in the second-level cache beside the weights
+constexpr int64_t FEW_WEIGHTS = 1 << 20;  // bytes of weights that do
+
+// Each thread takes rows, when it can keep the weights close or the rows are many; else each takes output channels.
+template <class Weight, int DTYPE>
+void run_many(const void* x, const Weight& weight, Epilogue e, int64_t rows, int64_t in_features, int threads) {
+  const int64_t steps = ceil_div(in_features, 64), strips = ceil_div(e.out_features, STRIP);
+  const int64_t blocks = ceil_div(rows, BLOCK_ROWS), block_bytes = 2 * steps * TILE;
+  const bool by_rows = !weight.scratch_bytes() && blocks >= 2 * threads && (strips * block_bytes <= FEW_WEIGHTS || blocks >= 32 * threads);
+  const int64_t share = GROUP / block_bytes > 0 ? GROUP / block_bytes : 1, group = by_rows ? share : 4 * share;
+  const int64_t held = by_rows ? group * threads : blocks;  // blocks of codes at a time
+  const int64_t own_bytes = ceil_div(weight.scratch_bytes(), 64) * 64;
+  char* const codes = scratch(held * block_bytes + threads * own_bytes + rows * 4);
+  float* const row_scale = (float*)(codes + held * block_bytes + threads * own_bytes);
+  e.row_scale = row_scale;
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t first = by_rows ? blocks * thread / team : 0, end = by_rows ? blocks * (thread + 1) / team : blocks;
+    const int64_t left = by_rows ? 0 : strips * thread / team, right = by_rows ? strips : strips * (thread + 1) / team;
+    char* const unpacked = codes + held * block_bytes + thread * own_bytes;
+    char* const own = codes + (by_rows ? thread * group * block_bytes : 0);
+    const auto quantize_rows = [&](int64_t from, int64_t to, int64_t origin) {
+      for (int64_t r = from; r < to; r++)
+        quantize<DTYPE, Weight::dealt>(x, r, in_features, own + (r - origin) / 16 * steps * TILE + r % 16 * 64, TILE, EXCESS,
+                                       row_scale + r);
+    };
+    Products<Int8, DTYPE> products(e, rows);
+    if (!by_rows) {
+      quantize_rows(rows * thread / team, rows * (thread + 1) / team, 0);
+#pragma omp barrier
+    }
+    for (int64_t b = first; b < end; b += group) {
+      const int64_t last = b + group < end ? b + group : end, origin = by_rows ? b : 0;
+      if (by_rows) quantize_rows(b * BLOCK_ROWS, last * BLOCK_ROWS < rows ? last * BLOCK_ROWS : rows, b * BLOCK_ROWS);
+      for (int64_t s = left; s < right; s++) {
+        products.channels(s * STRIP);
+        const int32_t* start;
+        const char* const strip = weight.strip(s, unpacked, &start);
+        for (int64_t i = b; i < last; i++) {
+          const int64_t row = i * BLOCK_ROWS, count = rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS;
+          products.add(own + (i - origin) * block_bytes, row, count, strip, steps, start);
+        }
+      }
+    }
+  }
+}
+
+// Few rows of int4 weights: read once, multiplied as they are. For ROWS rows and 16 channels the sum over groups of
+// scale * (sum of x * code - zero_point * sum of x), where x are codes too.
+template <int ROWS>
+void few(const char* x, int64_t stride, const float* sums, const Int4Weight& w, int64_t column, __m512* total) {
+  const int64_t groups = w.in_features / w.group_size;
+  const char* line = w.lines + column * w.in_features * 8;
+  const __m512i half = _mm512_set1_epi8(15);
+  for (int r = 0; r < ROWS; r++) total[r] = _mm512_setzero_ps();
+  for (int64_t g = 0, k = 0; g < groups; g++) {
+    __m512i even[ROWS], odd[ROWS];
+    for (int r = 0; r < ROWS; r++) even[r] = odd[r] = _mm512_setzero_si512();
+    for (const int64_t end = k + w.group_size; k < end; k += 8, line += 64) {
+      _mm_prefetch(line + Int4Weight::AHEAD, _MM_HINT_T0);
+      const __m512i codes = _mm512_loadu_si512(line);
+      const __m512i low = _mm512_and_si512(codes, half), high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), half);
+      for (int r = 0; r < ROWS; r++) {
+        const int32_t* own = (const int32_t*)(x + r * stride + k);
+        even[r] = _mm512_dpbusd_epi32(even[r], low, _mm512_set1_epi32(own[0]));
+        odd[r] = _mm512_dpbusd_epi32(odd[r], high, _mm512_set1_epi32(own[1]));
+      }
+    }
+    const int64_t at = (column * groups + g) * 16;
+    const __m512 scale = _mm512_loadu_ps(w.group_scale + at);
+    const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(w.zero_point + at))));
+    for (int r = 0; r < ROWS; r++) {
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(even[r], odd[r]));
+      total[r] = _mm512_fmadd_ps(scale, _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[r * groups + g]), sum), total[r]);
+    }
+  }
+}
+
+template <int DTYPE, int ROWS>
+void few_rows(const char* x, int64_t stride, const float* sums, const float* row_scale, int64_t row, const Int4Weight& w,
+              int64_t column, const Epilogue& e, const Column& to) {
+  __m512 total[ROWS];
+  few<ROWS>(x + row * stride, stride, sums + row * (w.in_features / w.group_size), w, column, total);
+  const __mmask16 mask = lanes(e.out_features - column * 16);
+  const __m512 bias = e.bias ? load(e.bias_dtype, e.bias, column * 16, mask) : _mm512_setzero_ps();
+  for (int r = 0; r < ROWS; r++) {
+    const __m512 y = _mm512_fmadd_ps(total[r], _mm512_set1_ps(row_scale[row + r]), bias);
+    store<DTYPE>(to.y + (row + r) * to.line, 0, mask, e.activation ? activated(y, e.activation) : y);
+  }
+}
+
+template <int DTYPE>
+void run_few(const void* x, const Int4Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
+  const int64_t stride = ceil_div(in_features, 64) * 64, groups = w.in_features / w.group_size;
+  char* const codes = scratch(rows * (stride + (groups + 1) * 4));
+  float *const sums = (float*)(codes + rows * stride), *const row_scale = sums + rows * groups;
+  for (int64_t r = 0; r < rows; r++) {
+    char* const own = codes + r * stride;
+    quantize<DTYPE, true>(x, r, in_features, own, 64, 0, row_scale + r);
+    for (int64_t g = 0; g < groups; g++) {
+      __m512i sum = _mm512_setzero_si512();
+      for (int64_t k = g * w.group_size; k < (g + 1) * w.group_size; k += 16)
+        sum = _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(own + k))));
+      sums[r * groups + g] = (float)_mm512_reduce_add_epi32(sum);
+    }
+  }
+  const int64_t columns = ceil_div(e.out_features, 16);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t c = 0; c < columns; c++) {
+    const Column to(e, rows, c * 16, bytes_of(DTYPE));
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8) few_rows<DTYPE, 8>(codes, stride, sums, row_scale, r, w, c, e, to);
+    for (; r + 4 <= rows; r += 4) few_rows<DTYPE, 4>(codes, stride, sums, row_scale, r, w, c, e, to);
+    for (; r + 2 <= rows; r += 2) few_rows<DTYPE, 2>(codes, stride, sums, row_scale, r, w, c, e, to);
+    for (; r < rows; r++) few_rows<DTYPE, 1>(codes, stride, sums, row_scale, r, w, c, e, to);
+  }
+}
+
+constexpr int64_t FEW_ROWS = 8;
+
+template <class Weight, int DTYPE>
+void run(const void* x, const Weight& weight, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
+  if constexpr (Weight::dealt)
+    if (rows <= FEW_ROWS) return run_few<DTYPE>(x, weight, e, rows, in_features, threads);
+  run_many<Weight, DTYPE>(x, weight, e, rows, in_features, threads);
+}
+
+template <class Weight>
+void run(const void* x, const Weight& weight, const Packed& packed, const void* bias, void* out, int64_t rows, int dtype,
+         int bias_dtype, int activation, const int64_t* pieces, int threads) {
+  const Epilogue e = {nullptr, weight.scale, bias, bias_dtype, out, packed.out_features, 1, activation, pieces};
+  const auto run_as = dtype == FLOAT32    ? run<Weight, FLOAT32>
+                      : dtype == BFLOAT16 ? run<Weight, BFLOAT16>
+                                          : run<Weight, FLOAT16>;
+  threads = team_for(rows, packed.out_features, packed.in_features, threads);
+  run_as(x, weight, e, rows, packed.in_features, threads);
+}
+
+}  // namespace
+
+extern "C" int autoplan_available() { return product_available(); }
+
+// out = activation(x [rows, in_features] times the weight, plus the bias or null), as Epilogue says.
+extern "C" void autoplan_int8_dynamic(const void* x, const Packed* packed, const void* bias, void* out, int64_t rows,
+                                      int dtype, int bias_dtype, int activation, const int64_t* pieces, int threads) {
+  const int64_t strip_bytes = ceil_div(packed->in_features, 64) * 2 * TILE;
+  const Int8Weight weight = {packed->codes(), (const int32_t*)packed->offset(), strip_bytes, packed->scale()};
+  run(x, weight, *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
+}
+
+// The same, in groups of `group_size`, a multiple of 16 that divides in_features.
+extern "C" void autoplan_int4_dynamic(const void* x, const Packed* packed, const void* bias, void* out, int64_t rows,
+                                      int dtype, int bias_dtype, int activation, const int64_t* pieces, int threads) {
+  const int64_t strip_bytes = ceil_div(packed->in_features, 64) * 2 * TILE;
+  const Int4Weight weight = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(),
+                             packed->in_features, packed->group_size, strip_bytes, packed->channel_scale()};
+  run(x, weight, *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
+}
