@@ -95,21 +95,30 @@ def stand_ins_of(model: nn.Module, layers: Sequence[LayerPlan]) -> dict[str, Pla
 class StandIns:
     """The modules of any plan for `model`, as `stand_ins_of` makes them.
 
-    Those of the last plan are kept: a plan is measured, judged and timed in turn, and quantizing it takes long.
+    Those of the last plan are kept: a plan is measured, judged and timed in turn, quantizing it takes long, and the
+    next plan differs in few layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._choices: list[tuple[str, str, str, bool]] = []
-        self._made: dict[str, PlannedLinear] = {}
+        self._made: dict[tuple[tuple[str, str, str], ...], dict[str, PlannedLinear]] = {}  # by the choices of a unit
 
     def __call__(self, layers: Sequence[LayerPlan]) -> Mapping[str, PlannedLinear]:
-        choices = [(layer.name, layer.chosen, layer.choice.program, layer.runs_fused) for layer in layers]
-        if choices != self._choices:
-            self._choices, self._made = [], {}  # before the next ones are made: two plans at once may be too much
-            self._made = stand_ins_of(self._model, layers)
-            self._choices = choices
-        return self._made
+        units = {
+            tuple((layer.name, layer.chosen, layer.choice.program) for layer in own): own for own in _units(layers)
+        }
+        # Before others are made: two plans at once may be too much.
+        self._made = {choices: made for choices, made in self._made.items() if choices in units}
+        for choices, own in units.items():
+            if choices not in self._made:
+                self._made[choices] = stand_ins_of(self._model, own)
+        return {name: layer for choices in units for name, layer in self._made[choices].items()}
+
+
+def _units(layers: Sequence[LayerPlan]) -> list[list[LayerPlan]]:
+    """The layers as they hold weights: those that run as one product together, and every other one by itself."""
+    fused = {i: places for places in fused_sets(layers) for i in places}
+    return [[layers[j] for j in places] for i in range(len(layers)) if (places := fused.get(i, [i]))[0] == i]
 
 
 def stand_ins(model: nn.Module, names: tuple[str, ...], candidate: str, program: str) -> dict[str, PlannedLinear]:

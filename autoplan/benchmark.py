@@ -30,6 +30,8 @@ MARGIN = 0.02
 _BUCKETS: list[int] = sorted({*range(1, 17), *(2**k for k in range(5, 24)), *(3 * 2 ** (k - 1) for k in range(4, 24))})
 _MAX_COPIES = 64
 _RACE_SECONDS = 30.0
+_HOPELESS = 2.0  # times the time of the candidate's best kernel
+_ALIKE = 16.0  # times as many elements at most: beyond, what a call costs whatever the weight counts for more, or less
 _LAYOUTS = 6  # all layouts of all candidates together take about so many times what the float weight takes
 
 Key = tuple[Shape, str, str]  # shape, candidate, kernel
@@ -69,13 +71,16 @@ def measure(
     seed: int = 0,
     progress: Progress | None = None,
     seconds_left: Callable[[], float] = lambda: math.inf,
+    thorough: bool = True,
 ) -> dict[Key, Measurement]:
     """Time what is wanted and not in the cache, one race per shape, plain `F.linear` in every round.
 
     Neighbours that differ in rows only share the quantized weights. Once `seconds_left()` says none, what was not timed
-    is absent from the answer.
+    is absent from the answer. Unless this is to be `thorough`, a kernel that took twice the time of its candidate's
+    best one with a like weight is not raced again: the answer has what was measured there, without an interval.
     """
     found: dict[Key, Measurement] = {}
+    left_out: dict[Key, Measurement] = {}
     arms: Arms | None = None
     for done, (shape, contenders) in enumerate(wanted.items()):
         if progress:
@@ -89,6 +94,9 @@ def measure(
                 missing.append(contender)
             else:
                 found[key] = measurement
+        if not thorough:
+            left_out |= _hopeless(shape, contenders, found, left_out)
+            missing = [c for c in missing if (shape, c.candidate.name, c.kernel.name) not in left_out]
         if not missing or seconds_left() <= 0:
             continue
         if arms is not None and replace(arms.shape, rows=shape.rows, parts=shape.parts) != shape:
@@ -107,7 +115,55 @@ def measure(
             cache.put_many("timings", dict(records))
     if progress:
         progress("timing", len(wanted), len(wanted))
-    return found
+    return left_out | found
+
+
+def _hopeless(
+    shape: Shape, contenders: Sequence[Contender], found: Mapping[Key, Measurement], left_out: Mapping[Key, Measurement]
+) -> dict[Key, Measurement]:
+    """Which kernels need no race at `shape`, as one with a like weight has shown, and what was measured in that.
+
+    One race tells for all kernels of a candidate, so that the best of them is never among these: that with the weight
+    nearest in size, of those that left none of them out.
+    """
+    wanted: dict[str, set[str]] = {}
+    for contender in contenders:
+        wanted.setdefault(contender.candidate.name, set()).add(contender.kernel.name)
+    hopeless: dict[Key, Measurement] = {}
+    for name, kernels in wanted.items():
+        partly = {at for at, candidate, _ in left_out if candidate == name}
+        like = [at for at, candidate, _ in found if candidate == name and at not in partly and _alike(at, shape)]
+        if not like:
+            continue
+        nearest = min(like, key=lambda at: _times_larger(at, shape))
+        measured = kernel_measurements(found, nearest, name)
+        here = [m for kernel, m in measured.items() if kernel in kernels and m.ratio < math.inf]
+        for m in here:
+            best = min(here, key=lambda m: (m.ratio, m.kernel))
+            if m.ratio >= _HOPELESS * best.ratio and (name, m.kernel) != BASELINE:
+                note = (
+                    f"not timed: {m.ratio / best.ratio:.1f} times as slow as {best.kernel} with a weight of "
+                    f"{nearest.out_features}x{nearest.in_features}"
+                )
+                hopeless[shape, name, m.kernel] = replace(
+                    m, shape=shape, ratio_low=0.0, ratio_high=math.inf, rounds=0, note=note
+                )
+    return hopeless
+
+
+def _alike(one: Shape, other: Shape) -> bool:
+    """Whether kernels that are hopeless at one shape are so at the other: just the weights differ, and these little."""
+
+    def around(shape: Shape) -> tuple[int, str, str, str, str]:
+        return shape.rows, shape.dtype, shape.weight_dtype, shape.device, shape.mode
+
+    return one != other and around(one) == around(other) and _times_larger(one, other) <= _ALIKE
+
+
+def _times_larger(one: Shape, other: Shape) -> float:
+    """The larger weight's number of elements / the smaller one's."""
+    sizes = sorted(shape.in_features * shape.out_features for shape in (one, other))
+    return sizes[1] / sizes[0]
 
 
 def candidate_digest(candidate: Candidate) -> str:

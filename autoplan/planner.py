@@ -380,6 +380,7 @@ class _Planning:
             seed=self.request.seed,
             progress=None if from_cache_only else self.progress,
             seconds_left=(lambda: 0.0) if from_cache_only else lambda: self._seconds_left(_TIMING_SHARE),
+            thorough=self.request.batch_invariant,  # then one kernel has to be known at all rows
         )
 
     # Harm: what the candidates that are left do to the output.

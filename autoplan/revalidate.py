@@ -227,6 +227,7 @@ class _Revalidation:
             times = validate.whole_model_times(
                 self.model, {"float": {}, "plan": made}, recording.inputs, recording.weights, baseline="plan",
                 mode=self.plan.mode, seconds=_WHOLE_MODEL_SECONDS, seed=self.seed,
+                share=validate.SHARE,
             )  # fmt: skip
         speedup = times.ratios["float"]
         if speedup.high < 1:
@@ -234,7 +235,7 @@ class _Revalidation:
                 f"here the planned model is slower than the float model as a whole ({speedup.value:.2f}x): the float "
                 "model is kept. Plan anew"
             ]
-        return replace(outcome, speedup=speedup, float_us=speedup.value * times.baseline_us), []
+        return times.told(outcome), []
 
     def _told(self, chosen: Sequence[LayerPlan], shapes: int, gone: Mapping[str, str]) -> list[str]:
         """What has changed, in sentences."""

@@ -36,6 +36,7 @@ _ALPHA = 0.05  # reported intervals: 95 %, jointly for all arms of a race (Bonfe
 _LOOK_ALPHA = 0.01
 _LOOK_EVERY = 4  # rounds
 _HOPELESS = 3.0  # times the baseline's time: not worth the rounds that a verdict would take
+_HOPELESS_AT_ONCE = 10.0  # the same: not worth one round
 _CLEARLY_SLOWER = 1.2  # the same, where rounds are dear; calls that long are disturbed little
 _WARM_UP_US = 50_000.0  # per arm, for the copies after the first
 _MAX_CALLS = 1000  # per batch
@@ -125,6 +126,7 @@ def race(
     """
     _check_limits(margin, min_rounds, max_rounds, max_seconds)
     bench = _Bench(arms, baseline, min_batch_us, seed, clock)
+    _drop_hopeless_at_once(bench)
     verdict = max(min_rounds, bench.rounds_for_interval())
     while True:
         bench.run_round()
@@ -246,6 +248,7 @@ class _Bench:
         self._failed: set[str] = set()
         # A dropped arm never comes back, so every list covers the first rounds, and two lists pair up without gaps.
         self._log_ns: dict[str, list[float]] = {name: [] for name in self.arms}
+        self._warm_ns = dict.fromkeys(self.arms, math.inf)  # of the quickest single call so far, before the rounds
         self._random = random.Random(seed)
         self._clock = clock
         self._start_ns = self._round_ns = clock()
@@ -317,6 +320,8 @@ class _Bench:
             ratio = low = high = math.inf
         elif arm.name == baseline:
             ratio = low = high = 1.0
+        elif not self._log_ns[arm.name]:
+            ratio, low, high = self.warm_ratio(arm.name), 0.0, math.inf
         else:
             found = self.interval(arm.name, baseline, _ALPHA)
             ratio, low, high = math.exp(found.median), math.exp(found.low), math.exp(found.high)
@@ -326,10 +331,23 @@ class _Bench:
     def _warm_up(self, arm: Arm) -> None:
         """Leave one-off costs (JIT, first touch) behind: one call per copy, fewer where they are slow."""
         began = self._clock()
-        for call in arm.calls:
-            call()
+        for i in range(len(arm.calls)):
+            self._call_once(arm, i)
             if self._clock() - began > _WARM_UP_US * 1000:
                 break
+
+    def _call_once(self, arm: Arm, copy: int) -> None:
+        began = self._clock()
+        arm.calls[copy]()
+        self._warm_ns[arm.name] = min(self._warm_ns[arm.name], max(1, self._clock() - began))
+
+    def warm_ratio(self, name: str) -> float:
+        """Time of a single call of `name` before the rounds / the baseline's, each the quickest one."""
+        return self._warm_ns[name] / self._warm_ns[self.baseline.name]
+
+    def call_again(self, name: str) -> None:
+        """One more call before the rounds: the first one may have compiled something."""
+        self._guarded(self.arms[name], lambda arm: self._call_once(arm, 0))
 
     def _choose_batches(self, baseline: Arm, min_batch_us: float) -> None:
         """How many calls make a batch and how many batches a sample, from the quickest of a few calls."""
@@ -367,6 +385,14 @@ class _Bench:
             self.running.remove(arm.name)
             self._notes[arm.name] = f"failed: {type(error).__name__}: {error}"
             return None
+
+
+def _drop_hopeless_at_once(bench: _Bench) -> None:
+    for name in list(bench.running):
+        if bench.warm_ratio(name) > _HOPELESS_AT_ONCE:
+            bench.call_again(name)
+        if name in bench.running and bench.warm_ratio(name) > _HOPELESS_AT_ONCE:
+            bench.drop(name, f"at least {bench.warm_ratio(name):.1f} times as slow as {bench.baseline.group}")
 
 
 def _drop_hopeless(bench: _Bench, times: float) -> None:

@@ -40,6 +40,7 @@ Evaluate = Callable[[nn.Module], float]
 _MIN_ROUNDS, _MAX_ROUNDS = 8, 40
 _GPU_WARM_UPS = 3  # calls that compile, that record a CUDA graph, and that replay it
 _SECONDS = 20.0  # for timing the whole model
+SHARE = 0.8  # of the float model's time: the rest could not turn the verdict, unless the plan were far slower there
 _TOLERANCE = 0.01  # of the float model's score, where the caller of `evaluate` names none
 
 
@@ -202,14 +203,10 @@ def do_no_harm(
             seconds=min(_SECONDS, max(seconds_left(), 0.0)),
             seed=whole.seed,
             decisive="float" if seconds_left() > _SECONDS else "",
+            share=SHARE,
         )
+    outcome = times.told(outcome)
     speedup = times.ratios["float"]
-    outcome = replace(
-        outcome,
-        speedup=speedup,
-        versus_uniform=times.ratios.get("uniform"),
-        float_us=speedup.value * times.baseline_us,
-    )
     explained_plan = _explained(plan, budget, outcome, pinned)
     if outcome.versus_uniform is not None and outcome.versus_uniform.high < 1:
         explained_plan, outcome = _consider_uniform(whole, explained_plan, uniform, budget, outcome, final, jury)
@@ -306,7 +303,22 @@ class WholeTimes(NamedTuple):
     """Times of variants of the whole model."""
 
     ratios: dict[str, Estimate]  # variant -> its time / the baseline's
-    baseline_us: float  # in one forward of each workload, times its weight
+    baseline_us: float  # in one forward of each workload that was timed, times its weight
+    note: str = ""  # which workloads were timed, if not all
+
+    def told(self, outcome: Outcome) -> Outcome:
+        """The outcome of the variant "plan", with its speed against the others.
+
+        What the float model takes is told only if all workloads were timed: that is what predictions are of.
+        """
+        speedup = self.ratios["float"]
+        return replace(
+            outcome,
+            speedup=speedup,
+            versus_uniform=self.ratios.get("uniform"),
+            float_us=None if self.note else speedup.value * self.baseline_us,
+            notes=(*outcome.notes, self.note) if self.note else outcome.notes,
+        )
 
 
 def whole_model_times(
@@ -320,21 +332,25 @@ def whole_model_times(
     seconds: float,
     seed: int,
     decisive: str = "",
+    share: float = 1.0,
 ) -> WholeTimes:
     """Time of each variant of the model, and over that of the variant `baseline`: paired, one input per workload.
 
-    With several workloads the ratios are weighted by what each workload takes. Takes about `seconds` beside compiling,
-    but never less than the rounds that an interval needs, and up to 40 rounds where the first ones leave open which is
-    faster, the variant `decisive` or the baseline: on a machine that stalls now and then, few rounds tell nothing.
+    With several workloads the ratios are weighted by what each workload takes, and the largest come first, until what
+    was timed takes this `share` of the float model's time. Takes about `seconds` beside compiling, but never less than
+    the rounds that an interval needs, and up to 40 rounds where the first ones leave open which is faster, the variant
+    `decisive` or the baseline: on a machine that stalls now and then, few rounds tell nothing.
     """
     totals = {name: [0.0, 0.0, 0.0] for name in variants}
-    share = 0.0
-    examples = {item.workload: item for item in reversed(inputs)}
+    baseline_us = 0.0
     device = device_of_model(model).type
     clock, batch_us = timing.clock_of(device), timing.BATCH_US.get(device, timing.BATCH_US["cpu"])
-    runners = {name: _runner(model, mode) for name in variants}
+    examples, note = _largest(model, {item.workload: item for item in reversed(inputs)}, weights, share, clock)
     for workload, example in examples.items():
-        calls = {name: _timed(model, layers, runners[name], example) for name, layers in variants.items()}
+        calls = {
+            name: _timed(model, layers, _runner(model, mode, len(examples) > 1), example)
+            for name, layers in variants.items()
+        }
         for _ in range(_GPU_WARM_UPS if device == "cuda" else 1):
             for call_ in calls.values():
                 call_()
@@ -347,12 +363,43 @@ def whole_model_times(
                 calls, baseline=baseline, max_rounds=_MAX_ROUNDS, min_batch_us=batch_us, seed=seed, clock=clock
             )
         weight = weights.get(workload, 1.0) * results[baseline].baseline_us
-        share += weight
+        baseline_us += weight
         for name, result in results.items():
             for i, ratio in enumerate((result.ratio, result.ratio_low, result.ratio_high)):
                 totals[name][i] += weight * ratio
-    ratios = {name: Estimate(*(total / share for total in sums)) for name, sums in totals.items()}
-    return WholeTimes(ratios, share)
+    ratios = {name: Estimate(*(total / baseline_us for total in sums)) for name, sums in totals.items()}
+    return WholeTimes(ratios, baseline_us, note)
+
+
+def _largest(
+    model: nn.Module,
+    examples: Mapping[str, ModelInput],
+    weights: Mapping[str, float],
+    share: float,
+    clock: Callable[[], int],
+) -> tuple[dict[str, ModelInput], str]:
+    """The workloads that take this share of the model's time, largest first; and which these are, if not all."""
+    if len(examples) == 1 or share >= 1:
+        return dict(examples), ""
+    spent = {}
+    for workload, example in examples.items():
+        call(model, example)  # what is made on first use
+        times = []
+        for _ in range(2):
+            began = clock()
+            call(model, example)
+            times.append(clock() - began)
+        spent[workload] = weights.get(workload, 1.0) * min(times)
+    total, timed = sum(spent.values()), 0.0
+    chosen: dict[str, ModelInput] = {}
+    for workload in sorted(spent, key=lambda name: -spent[name]):
+        if timed < share * total:
+            chosen[workload] = examples[workload]
+            timed += spent[workload]
+    if len(chosen) == len(examples):
+        return chosen, ""
+    percent = f"{100 * timed / total:.0f} % of the float model's time"
+    return chosen, f"the whole model was timed in {', '.join(chosen)} only, which is about {percent}"
 
 
 def _affordable_rounds(calls: Collection[Callable[[], object]], seconds: float, clock: Callable[[], int]) -> int:
@@ -374,13 +421,16 @@ def _timed(model: nn.Module, layers: Layers, runner: nn.Module, example: ModelIn
     return run
 
 
-def _runner(model: nn.Module, mode: str) -> nn.Module:
-    """What is called to time the model: itself, or a compiled wrapper that shares no cache with the user's own."""
+def _runner(model: nn.Module, mode: str, static: bool) -> nn.Module:
+    """What is called to time the model: itself, or a compiled wrapper that shares no cache with the user's own.
+
+    It is for one workload: with others to come, Dynamo is told not to compile for all their sizes, which takes longer.
+    """
     if mode == EAGER:
         return model
     options: dict[str, Any] = {}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        options["isolate_recompiles"] = True
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # else all wrappers share a recompile limit
+        options |= {"isolate_recompiles": True, "dynamic": False if static else None}
     if mode == COMPILED and device_of_model(model).type == "cuda":
         options["mode"] = "reduce-overhead"  # CUDA graphs
     runner: nn.Module = torch.compile(model, **options)  # type: ignore[assignment]

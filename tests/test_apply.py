@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from autoplan import Budget, Plan, apply_plan, autoplan, make_plan, plan_of, rec
 from autoplan.apply import StandIns, Swap, stand_ins, stand_ins_of
 from autoplan.errors import AutoplanError, CandidateError, PlanMismatchError
 from autoplan.layers import PlannedLinear
+from autoplan.records import Fused, LayerPlan, Option
+from autoplan.selection import choosing
 
 SOURCE = """
 import torch
@@ -255,26 +259,104 @@ def test_only_linears_are_stood_in_for() -> None:
 # The modules of plans that are tried one after the other.
 
 
-def test_what_the_last_plan_needs_is_made_once(plan: Plan) -> None:
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the layers that were quantized, in turn."""
+    names: list[str] = []
+    build = PlannedLinear.from_linear.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: type[PlannedLinear], name: str, *args: Any, **settings: Any) -> PlannedLinear:
+        names.append(name)
+        planned: PlannedLinear = build(cls, name, *args, **settings)
+        return planned
+
+    monkeypatch.setattr(PlannedLinear, "from_linear", classmethod(counted))
+    return names
+
+
+def test_only_layers_that_chose_otherwise_are_made_anew(plan: Plan, made: list[str]) -> None:
     modules = StandIns(mlp())
     first = modules(plan.layers)
-    assert list(first) == ["0", "2", "4"]
+    assert list(first) == made == ["0", "2", "4"]
     reasons = [replace(layer, reason="told otherwise") for layer in plan.layers]
-    assert modules(reasons) is first
+    assert modules(reasons) == first
     others = [replace(layer, chosen="none") if layer.name == "0" else layer for layer in plan.layers]
     other = modules(others)
     assert "0" not in other or other["0"].candidate == "none"
-    assert other["2"] is not first["2"]  # no more than one plan's modules are kept
-    assert modules(plan.layers) is not first
+    assert [other[name] is first[name] for name in ("2", "4")] == [True, True]
+    assert made[:3] == ["0", "2", "4"]
+    made.clear()
+    assert modules(plan.layers)["0"] is not first["0"]  # no more than one plan's modules are kept
+    assert made == ["0"]
+
+
+def test_the_modules_of_the_last_plan_are_dropped_before_others_are_made(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = StandIns(mlp())
+    last = {name: weakref.ref(module) for name, module in modules(plan.layers).items()}
+    alive: list[list[str]] = []
+
+    def looking(model: nn.Module, layers: Any) -> Any:
+        gc.collect()
+        alive.append([name for name, module in last.items() if module() is not None])
+        return stand_ins_of(model, layers)
+
+    monkeypatch.setattr("autoplan.apply.stand_ins_of", looking)
+    modules([replace(layer, chosen="none") if layer.name == "0" else layer for layer in plan.layers])
+    assert alive == [["2", "4"]]
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.o = (nn.Linear(64, n) for n in (48, 32, 16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q(x), self.k(x), self.o(x)
+
+
+def test_layers_that_run_as_one_product_are_kept_together_or_made_anew_together(made: list[str]) -> None:
+    program = "1:dequantize_int8"
+    options = (
+        Option("none", "1:linear", 1.0, 1.0, 1.0),
+        Option("int8_weight_only", program, 1.0, 1.0, 1.0, fused=Fused(program, 1.0, 1.0, 1.0)),
+    )
+    layers = [
+        LayerPlan(
+            name, (), 64, out, True, "float32", (), 1.0, "none", "", options, siblings="" if name == "o" else "q+k"
+        )
+        for name, out in [("q", 48), ("o", 16), ("k", 32)]
+    ]
+    model, x = Two().eval(), torch.randn(5, 64)
+    modules = StandIns(model)
+    as_one = choosing(layers, ["int8_weight_only"] * 3)
+    first = modules(as_one)
+    assert first["q"]._siblings is first["k"]._siblings is not None
+    assert first["o"]._siblings is None
+
+    without_o = modules(choosing(layers, ["int8_weight_only", "none", "int8_weight_only"]))
+    assert without_o == {name: first[name] for name in ("q", "k")}
+    made.clear()
+    alone = modules(choosing(layers, ["int8_weight_only", "none", "none"]))
+    assert made == ["q"]  # what it had was one with k's
+    assert alone["q"]._siblings is None
+    again = modules(as_one)
+    assert sorted(made) == ["k", "o", "q", "q"]
+    expected = model(x)
+    for choice in (alone, again, without_o):
+        with Swap(model, choice):
+            for y, meant in zip(model(x), expected, strict=True):
+                assert (y - meant).norm() < 0.02 * meant.norm()
 
 
 def test_a_plan_that_is_measured_judged_and_timed_is_quantized_once(
     timer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plans: list[list[str]] = []
+    plans: list[str] = []
 
     def counted(model: nn.Module, layers: Any) -> Any:
-        plans.append([layer.chosen for layer in layers])
+        plans.extend(layer.chosen for layer in layers)
         return stand_ins_of(model, layers)
 
     monkeypatch.setattr("autoplan.apply.stand_ins_of", counted)
@@ -282,4 +364,4 @@ def test_a_plan_that_is_measured_judged_and_timed_is_quantized_once(
     with record(model) as recording:
         model(rows())
     make_plan(model, recording, budget=Budget(divergence=0.5), pin=PIN, cache=False)
-    assert plans == [list(PIN.values())]
+    assert plans == list(PIN.values())

@@ -89,6 +89,108 @@ def test_neighbours_that_differ_in_rows_share_the_quantized_weight(timer: Any, m
     assert timer.races == 3
 
 
+# Kernels that were hopeless with a like weight.
+
+
+def int8() -> list[Contender]:
+    """`none`, and a candidate with two kernels at least."""
+    own = contenders("none", "int8_weight_only")
+    assert len([c for c in own if c.candidate.name == "int8_weight_only"]) >= 2
+    return own
+
+
+def raced(timer: Any, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """The arms of every race, in turn."""
+    arms: list[set[str]] = []
+    race = timer.race
+
+    def noting(own: Any, **settings: Any) -> Any:
+        arms.append({arm.name for arm in own})
+        return race(own, **settings)
+
+    monkeypatch.setattr(timing, "race", noting)
+    return arms
+
+
+QUICK, SLOW = "int8_weight_only/int8pack", "int8_weight_only/dequantize_int8"
+
+
+@pytest.mark.parametrize(
+    ("change", "slow", "left_out"),
+    [
+        ({"in_features": 32}, 1.2, True),
+        ({"in_features": 32, "out_features": 64}, 1.2, True),
+        ({"in_features": 32}, 1.1, False),  # under twice the best one's time
+        ({"in_features": 80, "out_features": 64}, 1.2, False),  # 20 times as large
+        ({"in_features": 32, "rows": 5}, 1.2, False),
+        ({"in_features": 32, "dtype": "bfloat16"}, 1.2, False),
+        ({"in_features": 32, "mode": "compiled"}, 1.2, False),
+    ],
+)
+def test_a_kernel_that_was_hopeless_with_a_like_weight_is_not_raced_again(
+    timer: Any, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], slow: float, left_out: bool
+) -> None:
+    timer.ratios |= {QUICK: 0.6, SLOW: slow}
+    arms, other = raced(timer, monkeypatch), replace(SHAPE, **change)
+    wanted = {SHAPE: int8(), other: int8()}
+    found = measure(wanted, ENVIRONMENT, None, thorough=False)
+    assert set(found) == {(shape, c.candidate.name, c.kernel.name) for shape in wanted for c in wanted[shape]}
+    assert arms[0] - arms[1] == ({SLOW} if left_out else set())
+    own = found[other, "int8_weight_only", "dequantize_int8"]
+    assert own.ratio == slow
+    assert (own.rounds == 0) == (own.ratio_high == math.inf) == left_out
+    assert own.note == ("not timed: 2.0 times as slow as int8pack with a weight of 16x16" if left_out else "")
+    arms.clear()
+    assert measure(wanted, ENVIRONMENT, None)[other, "int8_weight_only", "dequantize_int8"].rounds
+    assert arms[0] == arms[1]
+
+
+def test_no_candidate_loses_its_last_kernel_whatever_is_the_best_elsewhere(
+    timer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two kernels each is hopeless with one weight: the next weight races those that the nearest one leaves."""
+    timer.ratios |= {QUICK: 0.3, SLOW: 0.9}
+    arms = raced(timer, monkeypatch)
+    sizes = [replace(SHAPE, in_features=n) for n in (16, 80, 160)]  # 80 is nearer to 160
+    cache, wanted = PlanCache(), {shape: int8() for shape in sizes}
+    first = measure({sizes[0]: int8()}, ENVIRONMENT, cache)
+    timer.ratios |= {QUICK: 0.9, SLOW: 0.3}
+    measure({sizes[2]: int8()}, ENVIRONMENT, cache)
+    arms.clear()
+    found = measure(wanted, ENVIRONMENT, cache, thorough=False)
+    assert {key: found[key] for key in first} == first
+    assert [SLOW in own for own in arms] == [False]  # of the one that was not in the cache
+    assert QUICK in arms[0]
+    for names in ("int8pack", "dequantize_int8"):
+        assert all((shape, "int8_weight_only", names) in found for shape in sizes)
+    only = [c for c in int8() if c.kernel.name in ("linear", "dequantize_int8")]
+    arms.clear()
+    measure({sizes[0]: int8(), replace(SHAPE, in_features=32): only}, ENVIRONMENT, cache, thorough=False)
+    assert arms == [{"none/linear", SLOW}]  # the better one does not take part
+
+
+def test_what_was_left_out_is_not_remembered_as_measured(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    timer.ratios |= {QUICK: 0.3, SLOW: 0.9}
+    cache, other = PlanCache(), replace(SHAPE, in_features=32)
+    arms, wanted = raced(timer, monkeypatch), {SHAPE: int8(), other: int8()}
+    found = measure(wanted, ENVIRONMENT, cache, thorough=False)
+    again = measure(wanted, ENVIRONMENT, cache, thorough=False, seconds_left=lambda: 0.0)  # as ranks look it up
+    assert again == found
+    assert len(arms) == 2
+    measure({other: int8()}, ENVIRONMENT, cache, thorough=False)
+    assert arms[2] == arms[0] - arms[1] | {"none/linear"}
+
+
+def test_the_order_of_candidates_and_kernels_does_not_matter(timer: Any) -> None:
+    timer.ratios |= {QUICK: 0.3, SLOW: 0.9, "bf16": 0.5}
+    shapes = [replace(SHAPE, in_features=n) for n in (64, 16, 32, 128)]
+    own = contenders("none", "int8_weight_only", "bf16", "int8_dynamic")
+    one = measure(dict.fromkeys(shapes, own), ENVIRONMENT, None, thorough=False)
+    other = measure(dict.fromkeys(shapes, own[::-1]), ENVIRONMENT, None, thorough=False)
+    assert one == other
+    assert any(m.note.startswith("not timed") for m in one.values())
+
+
 def test_progress_is_told_and_time_may_run_out(timer: Any) -> None:
     told: list[tuple[str, int, int]] = []
     wanted = {SHAPE: contenders("none")}

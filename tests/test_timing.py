@@ -175,6 +175,43 @@ def test_the_baseline_is_in_every_round_and_arms_stop_one_by_one() -> None:
     assert result["hopeless"].ratio == pytest.approx(4, rel=0.5)
 
 
+def test_an_arm_of_ten_times_the_time_is_dropped_before_the_first_round() -> None:
+    machine = Machine(**QUIET)
+    arms = [machine.arm("none", 100), machine.arm("fast", 50), machine.arm("slow", 900), machine.arm("hopeless", 1200)]
+    result = machine.race(arms)
+    assert [name for name, _ in machine.log].count("hopeless") == 3 + 1  # each copy, and once more
+    found = result["hopeless"]
+    assert (found.rounds, found.ratio_low, found.ratio_high) == (0, 0.0, math.inf)
+    assert found.ratio == pytest.approx(12)
+    assert found.note == "stopped after 0 rounds: at least 12.0 times as slow as none"
+    assert result["slow"].rounds == 2
+    only = machine.race([machine.arm("none", 100), machine.arm("hopeless", 1200)])
+    assert (only["none"].rounds, only["none"].baseline_us) == (1, pytest.approx(100))
+    whole = compare({name: machine.call(name, us) for name, us in [("plan", 100), ("slow", 1200)]}, baseline="plan",
+                    clock=machine.clock)  # fmt: skip
+    assert whole["slow"].rounds >= 8
+
+
+def test_an_arm_whose_first_call_is_slow_is_not_hopeless() -> None:
+    """What is compiled on first use takes long once; an arm may have a single copy, and its second call may fail."""
+    machine = Machine(**QUIET)
+    compiling = iter([90_000.0])
+
+    def first_slow() -> None:
+        machine.now_ns += int(1000 * next(compiling, 50.0))
+
+    def second_fails() -> None:
+        machine.call("fails", 90_000)()
+        if [name for name, _ in machine.log].count("fails") > 1:
+            raise RuntimeError("no more")
+
+    result = machine.race([machine.arm("none", 100), Arm("fast", "fast", [first_slow]),
+                           Arm("fails", "fails", [second_fails])])  # fmt: skip
+    assert switch(result["fast"])
+    assert result["fast"].ratio == pytest.approx(0.5, rel=0.01)
+    assert (result["fails"].ratio, result["fails"].note) == (math.inf, "failed: RuntimeError: no more")
+
+
 def test_elimination_saves_most_samples() -> None:
     machine = Machine()
     arms = [machine.arm("none", 100), *(machine.arm(f"arm{us}", us) for us in (50, 80, 120, 150, 200))]

@@ -19,10 +19,10 @@ from autoplan.apply import stand_ins
 from autoplan.divergence import references, undisturbed
 from autoplan.errors import AutoplanError
 from autoplan.recorder import ModelInput
-from autoplan.records import EAGER, NO_DIVERGENCE, LayerPlan, Option, Outcome
+from autoplan.records import COMPILED, EAGER, NO_DIVERGENCE, LayerPlan, Option, Outcome
 from autoplan.rescale import ROUNDS, within_budget
 from autoplan.selection import Budget, choosing, is_plain
-from autoplan.validate import Whole, do_no_harm
+from autoplan.validate import Whole, do_no_harm, whole_model_times
 
 LANGUAGE, CLASSES = 11, 7
 
@@ -323,3 +323,93 @@ def test_few_rounds_that_leave_the_speed_open_are_followed_by_more(
     plan = plan_of(autoplan(model, inputs, candidates=["int8_dynamic"], budget=Budget(divergence=0.1), cache=False))
     assert all(map(is_plain, plan.layers)) == kept
     assert rounds == ([8, 40] if first > 0.1 else [8])
+
+
+# Several workloads.
+
+
+class Ticking(nn.Module):
+    """Takes as many us as it is given rows, by the `clock` that it comes with, and half of that when planned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.now_ns = nn.Linear(2, 2), 0
+
+    def clock(self) -> int:
+        return self.now_ns
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.now_ns += 1000 * len(x) // (1 if type(self.layer) is nn.Linear else 2)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("weights", "share", "timed", "percent"),
+    [
+        ({"small": 400.0, "middle": 32.0, "large": 1.0}, 0.8, ["small"], 85),
+        ({"small": 256.0, "middle": 32.0, "large": 1.0}, 0.8, ["small", "large"], 90),  # the first takes 78 %
+        ({"small": 1.0, "middle": 1.0, "large": 2.0}, 0.8, ["large"], 98),
+        ({"small": 1000.0}, 0.8, ["small"], 96),  # of the others each counts 1
+        ({"small": 40.0, "middle": 40.0, "large": 1.0}, 0.8, ["small", "middle", "large"], 100),
+        ({"small": 400.0, "middle": 1.0, "large": 1.0}, 1.0, ["small", "middle", "large"], 100),
+    ],
+)
+def test_workloads_are_timed_until_they_are_most_of_the_time(
+    monkeypatch: pytest.MonkeyPatch, weights: dict[str, float], share: float, timed: list[str], percent: int
+) -> None:
+    model, rows = Ticking(), {"small": 1, "middle": 1, "large": 40}
+    monkeypatch.setattr("autoplan.timing.clock_of", lambda device: model.clock)
+    inputs = [ModelInput(name, (torch.ones(n, 2),), {}) for name, n in rows.items() for _ in range(2)]
+    with undisturbed(model):
+        times = whole_model_times(
+            model, {"float": {}, "plan": {"layer": Other()}}, inputs, weights, baseline="plan", mode=EAGER,
+            seconds=0.001, seed=0, share=share,
+        )  # fmt: skip
+    spent = {name: weights.get(name, 1.0) * n for name, n in rows.items()}
+    assert times.baseline_us == pytest.approx(sum(spent[name] for name in timed) / 2, rel=0.01)
+    assert times.ratios["float"].value == pytest.approx(2.0, rel=0.01)
+    words = f"timed in {', '.join(timed)} only, which is about {percent} % of the float model's time"
+    assert times.note == ("" if percent == 100 else f"the whole model was {words}")
+
+
+def test_what_was_timed_as_a_whole_is_told_and_not_held_against_what_was_predicted_of_all(timer: Any) -> None:
+    whole, layers = trial([1.0] * 2)
+    plan = choosing(layers, ["int4_g32"] * 2)
+    two = [replace(item, workload=name) for item in whole.inputs for name in ("often", "seldom")]
+    mostly = replace(whole, inputs=two, weights={"often": 1e6, "seldom": 1.0})
+    _, found = outcome(mostly, plan, Budget(divergence=9.0))
+    assert found.notes[-1].startswith("the whole model was timed in often only, which is about 100 % of")
+    assert found.speedup is not None
+    assert found.float_us is None
+    assert timer.comparisons == 1
+    evenly = replace(mostly, weights={"often": 1.0, "seldom": 1.0})
+    _, found = outcome(evenly, plan, Budget(divergence=9.0))
+    assert found.notes == ("before",)
+    assert found.float_us == pytest.approx(4 * timer.baseline_us)
+    assert timer.comparisons == 3
+
+
+def test_a_workload_of_several_is_compiled_for_its_own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def compiled(model: nn.Module, isolate_recompiles: bool = False, **options: Any) -> nn.Module:
+        asked.append(options)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    whole, _ = trial([1.0])
+    several = [*whole.inputs, replace(whole.inputs[0], workload="other")]
+    for inputs, count in ((whole.inputs, 2), (several, 4)):
+        asked.clear()
+        with undisturbed(whole.model):
+            whole_model_times(
+                whole.model,
+                {"float": {}, "plan": {}},
+                inputs,
+                {},
+                baseline="plan",
+                mode=COMPILED,
+                seconds=0.001,
+                seed=0,
+            )
+        assert [options["dynamic"] for options in asked] == [False if count == 4 else None] * count
