@@ -32,6 +32,7 @@ from autoplan.offload import read_again_for_backward, weight_and_bias
 
 Loss = Callable[[Any], Tensor]  # of what the model returns
 
+KEPT = torch.bfloat16  # what gradients are kept in: sums of thousands of products with them feel no rounding
 _BLOCK = 32  # tokens of a sample
 
 
@@ -47,7 +48,7 @@ class Call:
     x: Tensor  # [..., in_features]
     autocast: torch.dtype | None
     output: torch.Size  # the leading dimensions of the model's output
-    gradients: list[Tensor]  # one per pass, each [..., out_features]
+    gradients: list[Tensor]  # one per pass, each [..., out_features], KEPT
 
 
 Calls = list[list[Call]]  # of one layer: per input of the model
@@ -108,7 +109,7 @@ def _of_one_input(
                 gradient = torch.zeros((), device=one.x.device).expand(*one.x.shape[:-1], 1)
             elif not math.isfinite(torch.linalg.vector_norm(gradient, dtype=torch.float32)):
                 raise GradientError(f"the gradient at layer {one.name!r} is not finite")
-            one.gradients.append(gradient)
+            one.gradients.append(gradient.to(KEPT))
     for one in calls:
         one.output = output.shape[:-1]
     return calls

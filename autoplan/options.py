@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -286,12 +285,12 @@ def _gate(
 
 
 def _not_faster_than_finer(options: Sequence[Option], candidates: Iterable[Candidate]) -> dict[str, str]:
-    """Groups that are not faster, by the margin, than finer ones of the same recipe, which do less harm; and why."""
+    """Candidates that are not faster, by the margin, than one that does the same with finer weights; and why."""
     us = {option.candidate: option.us for option in options if not option.rejected and option.us is not None}
-    grouped = sorted((c for c in candidates if c.group_size and c.name in us), key=lambda c: c.group_size or 0)
     found: dict[str, str] = {}
-    for finer, coarser in itertools.combinations(grouped, 2):
-        alike = type(finer) is type(coarser) and finer.name not in found
-        if alike and us[coarser.name] > (1 - MARGIN) * us[finer.name]:
-            found.setdefault(coarser.name, f"not {MARGIN:.0%} faster than {finer.name}, whose groups are finer")
+    for candidate in sorted(candidates, key=lambda candidate: len(candidate.finer)):
+        for name in candidate.finer:
+            both = candidate.name in us and name in us and name not in found
+            if both and us[candidate.name] > (1 - MARGIN) * us[name]:
+                found.setdefault(candidate.name, f"not {MARGIN:.0%} faster than {name}, whose weights are finer")
     return found

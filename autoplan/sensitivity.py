@@ -21,7 +21,7 @@ from autoplan.apply import Swap, stand_ins
 from autoplan.cache.fingerprint import digest
 from autoplan.cache.store import PlanCache, entry
 from autoplan.divergence import OutputPicker, Reference, call, compare, in_parts, unmasked, weight
-from autoplan.fisher import Changes, GradientError, Loss, gradients, units
+from autoplan.fisher import KEPT, Changes, GradientError, Loss, gradients, units
 from autoplan.offload import weight_and_bias
 from autoplan.options import SHOWN_DB, SQNR_FLOOR_DB
 from autoplan.recorder import Recording
@@ -32,7 +32,7 @@ Size = tuple[str, str, int, int, str]  # candidate, program, in_features, out_fe
 Scores = dict[Pair, Sensitivity]
 
 _ROWS_PER_BACKWARD = 2048  # of the layer that has most: what one backward pass holds of activations
-_HELD_BYTES = 1 << 30  # of layers' inputs and gradients at a time, until their candidates have been tried
+_HELD_BYTES = 2 << 30  # of layers' inputs and gradients at a time, until their candidates have been tried
 _FIRST_BLOCKS, _FIRST_SAMPLES = 512, 128  # of tokens, or of a pooled output, times the passes that scoring starts with
 _PASSES = 16  # at most
 _RELATIVE_ERROR = 0.1  # of the sum of scores, from which on no further pass is made
@@ -340,8 +340,9 @@ def _groups(subject: Subject, trials: Sequence[Trial], passes: int) -> Iterator[
     held, group = 0, dict[str, list[Trial]]()
     for own in _by_layer(trials):
         layer = own[0].profile
-        values = sum(rows[layer.name] for rows in subject.rows) * (layer.in_features + passes * layer.out_features)
-        size = values * int(getattr(torch, layer.dtype).itemsize)
+        in_bytes = layer.in_features * int(getattr(torch, layer.dtype).itemsize)
+        out_bytes = layer.out_features * passes * KEPT.itemsize
+        size = sum(rows[layer.name] for rows in subject.rows) * (in_bytes + out_bytes)
         if group and held + size > _HELD_BYTES:
             yield group
             held, group = 0, {}
