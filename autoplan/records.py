@@ -218,4 +218,4 @@ class Outcome:
     divergence_p99: float | None = None  # of the tokens' KL; of the samples' relative squared errors
     top1_agreement: float | None = None  # logits only: share of the positions whose most likely class is the same
     perplexity_ratio: float | None = None  # planned / float, of the input's own next tokens; language models only
-    float_us: float | None = None  # the float model as a whole, in one forward of each workload times its weight
+    float_us: float | None = None  # the float model in one forward of each workload times its weight, if all were timed

@@ -226,3 +226,13 @@ def test_a_peer_that_kills_the_process_is_a_row(
     rows = script.in_a_child("layers", arguments, str(tmp_path))
     assert [(row["peer"], row["scenario"]) for row in rows] == [("deadly", "s"), ("deadly", "t"), ("next", "s")]
     assert [row.get("note") for row in rows] == [None, "killed the process: SIGSEGV", None]
+
+
+@pytest.mark.parametrize("script", ["scoreboard"], indirect=True)
+def test_garbage_is_no_match_however_fast(script: ModuleType) -> None:
+    row = {"scenario": "s", "ms": 1.0, "kl": 0.1, "divergence": 0.1}
+    wrong = {**row, "peer": "wrong", "speedup": 9, "divergence": 1e4, "note": "57 layers"}
+    others = [{**row, "peer": "absent"}, {**row, "peer": "slow", "speedup": 1}, {**row, "peer": "fast", "speedup": 2}]
+    page = script.tables.markdown([wrong, *others]).splitlines()
+    assert [line.split()[1] for line in page[2:]] == ["fast", "slow", "absent", "wrong"]
+    assert "57 layers; its output is garbage" in page[-1]

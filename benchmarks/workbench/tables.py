@@ -14,6 +14,7 @@ from workbench.peers import BASELINE
 Row = dict[str, Any]
 
 LEAST = 1e-7  # divergence below which two models are the same to the picture's axis
+GARBAGE = 10.0  # divergence from which on an output has nothing to do with the model's, and its speed is no match
 _ACCURACY = ("relative_error", "kl", "cosine", "top_1", "top_10", "perplexity")
 _ABOUT = ("device", "threads", "date")
 
@@ -45,9 +46,9 @@ def write_page(folder: Path, pictured: Sequence[str]) -> None:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One scenario's table, the fastest first, and those that did not run last."""
+    """One scenario's table, the fastest first; last those that answer with garbage, and those that did not run."""
     figures = [key for key in _ACCURACY if any(row.get(key) for row in rows)]
-    ordered = sorted(rows, key=lambda row: -float(row.get("speedup") or 0))
+    ordered = sorted(rows, key=lambda row: (not _answers(row), -float(row.get("speedup") or 0)))
     lines = [
         [
             row["peer"],
@@ -57,12 +58,17 @@ def markdown(rows: Sequence[Row]) -> str:
             _number(row.get("mib"), ".1f"),
             _number(row.get("setup_s"), ".0f"),
             _interval(row, "ours"),
-            row.get("note") or "",
+            "; ".join(filter(None, (row.get("note"), "" if _answers(row) else "its output is garbage"))),
         ]
         for row in ordered
     ]
     headers = ["peer", "ms", "times float32 eager", *figures, "MiB", "set-up s", "balanced is times as fast", "note"]
     return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
+
+
+def _answers(row: Row) -> bool:
+    """Whether what it computes has to do with the model; what did not run is not asked."""
+    return float(row.get("divergence") or 0) < GARBAGE
 
 
 def _number(value: Any, form: str) -> str:
@@ -78,7 +84,7 @@ def _interval(row: Row, key: str) -> str:
 
 
 def picture(path: Path, tables: Mapping[str, Sequence[Row]]) -> None:
-    """Speed against divergence: every peer a point, ours joined by a line."""
+    """Speed against divergence: every peer whose output means something is a point, ours are joined by a line."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -87,7 +93,7 @@ def picture(path: Path, tables: Mapping[str, Sequence[Row]]) -> None:
     panels: dict[str, list[Row]] = {}
     for name, rows in tables.items():
         for row in rows:
-            if row.get("speedup") and row.get("divergence"):
+            if row.get("speedup") and row.get("divergence") and _answers(row):
                 panels.setdefault(f"{name}: {row['scenario']}", []).append(row)
     if not panels:
         return
