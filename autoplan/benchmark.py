@@ -138,8 +138,10 @@ def _hopeless(
         nearest = min(like, key=lambda at: _times_larger(at, shape))
         measured = kernel_measurements(found, nearest, name)
         here = [m for kernel, m in measured.items() if kernel in kernels and m.ratio < math.inf]
+        best = min(here, key=lambda m: (m.ratio, m.kernel), default=None)
+        if best is None:
+            continue
         for m in here:
-            best = min(here, key=lambda m: (m.ratio, m.kernel))
             if m.ratio >= _HOPELESS * best.ratio and (name, m.kernel) != BASELINE:
                 note = (
                     f"not timed: {m.ratio / best.ratio:.1f} times as slow as {best.kernel} with a weight of "

@@ -11,15 +11,15 @@ constexpr char EXCESS = 0;
 constexpr char EXCESS = (char)128;  // of the activations that `multiply` takes
 #endif
 
-// The codes of one row, by absmax / 127, 64 of them every `stride` bytes; its scale in float32. If they are wanted
-// `dealt`, the even ones of each eight come before the odd ones.
+// The codes of one row, by absmax / 127, 64 of them every `stride` bytes; its scale in float32. `excess` is flipped
+// in their bits: 0, or 128 for unsigned ones. If they are `DEALT`, the even ones of each eight come before the odd ones.
 template <int DTYPE, bool DEALT>
-void quantize(const void* x, int64_t row, int64_t in_features, char* codes, int64_t stride, char excess_, float* scale) {
+void quantize(const void* x, int64_t row, int64_t in_features, char* codes, int64_t stride, char excess, float* scale) {
   const int64_t at = row * in_features;
   const float largest = absmax<DTYPE>(x, at, in_features) * (1.0f / 127);
   *scale = largest < 1e-30f ? 1e-30f : largest;  // a row of zeros; a NaN goes through
   const __m512 inverse = _mm512_set1_ps(1 / *scale);
-  const __m512i excess = _mm512_set1_epi8(excess_);
+  const __m512i excesses = _mm512_set1_epi8(excess);
   const auto deal = [](__m512i codes) {
     const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     return DEALT ? _mm512_shuffle_epi8(codes, _mm512_broadcast_i32x4(order)) : codes;
@@ -31,13 +31,13 @@ void quantize(const void* x, int64_t row, int64_t in_features, char* codes, int6
     const __m512i a = code(load<DTYPE>(x, at + k)), b = code(load<DTYPE>(x, at + k + 16));
     const __m512i c = code(load<DTYPE>(x, at + k + 32)), d = code(load<DTYPE>(x, at + k + 48));
     const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-    _mm512_store_si512(codes, _mm512_xor_si512(deal(_mm512_permutexvar_epi32(in_order, packed)), excess));
+    _mm512_store_si512(codes, _mm512_xor_si512(deal(_mm512_permutexvar_epi32(in_order, packed)), excesses));
   }
   if (k < in_features) {
     alignas(64) int8_t last[64] = {};
     for (int64_t j = 0; k + j < in_features; j += 16)
       _mm_store_si128((__m128i*)(last + j), _mm512_cvtsepi32_epi8(code(load<DTYPE>(x, at + k + j, lanes(in_features - k - j)))));
-    _mm512_store_si512(codes, _mm512_xor_si512(deal(_mm512_load_si512(last)), excess));
+    _mm512_store_si512(codes, _mm512_xor_si512(deal(_mm512_load_si512(last)), excesses));
   }
 }
 
@@ -125,7 +125,8 @@ template <class Weight, int DTYPE>
 void run_many(const void* x, const Weight& weight, Epilogue e, int64_t rows, int64_t in_features, int threads) {
   const int64_t steps = ceil_div(in_features, 64), strips = ceil_div(e.out_features, STRIP);
   const int64_t blocks = ceil_div(rows, BLOCK_ROWS), block_bytes = 2 * steps * TILE;
-  const bool by_rows = !weight.scratch_bytes() && blocks >= 2 * threads && (strips * block_bytes <= FEW_WEIGHTS || blocks >= 32 * threads);
+  const bool ready = !weight.scratch_bytes(), many = blocks >= 32 * threads;
+  const bool by_rows = ready && blocks >= 2 * threads && (strips * block_bytes <= FEW_WEIGHTS || many);
   const int64_t share = GROUP / block_bytes > 0 ? GROUP / block_bytes : 1, group = by_rows ? share : 4 * share;
   const int64_t held = by_rows ? group * threads : blocks;  // blocks of codes at a time
   const int64_t own_bytes = ceil_div(weight.scratch_bytes(), 64) * 64;
@@ -196,21 +197,8 @@ void few(const char* x, int64_t stride, const float* sums, const Int4Weight& w, 
   }
 }
 
-template <int DTYPE, int ROWS>
-void few_rows(const char* x, int64_t stride, const float* sums, const float* row_scale, int64_t row, const Int4Weight& w,
-              int64_t column, const Epilogue& e, const Column& to) {
-  __m512 total[ROWS];
-  few<ROWS>(x + row * stride, stride, sums + row * (w.in_features / w.group_size), w, column, total);
-  const __mmask16 mask = lanes(e.out_features - column * 16);
-  const __m512 bias = e.bias ? load(e.bias_dtype, e.bias, column * 16, mask) : _mm512_setzero_ps();
-  for (int r = 0; r < ROWS; r++) {
-    const __m512 y = _mm512_fmadd_ps(total[r], _mm512_set1_ps(row_scale[row + r]), bias);
-    store<DTYPE>(to.y + (row + r) * to.line, 0, mask, e.activation ? activated(y, e.activation) : y);
-  }
-}
-
 template <int DTYPE>
-void run_few(const void* x, const Int4Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
+void run_few(const void* x, const Int4Weight& w, Epilogue e, int64_t rows, int64_t in_features, int threads) {
   const int64_t stride = ceil_div(in_features, 64) * 64, groups = w.in_features / w.group_size;
   char* const codes = scratch(rows * (stride + (groups + 1) * 4));
   float *const sums = (float*)(codes + rows * stride), *const row_scale = sums + rows * groups;
@@ -224,36 +212,33 @@ void run_few(const void* x, const Int4Weight& w, const Epilogue& e, int64_t rows
       sums[r * groups + g] = (float)_mm512_reduce_add_epi32(sum);
     }
   }
-  const int64_t columns = ceil_div(e.out_features, 16);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t c = 0; c < columns; c++) {
-    const Column to(e, rows, c * 16, bytes_of(DTYPE));
-    int64_t r = 0;
-    for (; r + 8 <= rows; r += 8) few_rows<DTYPE, 8>(codes, stride, sums, row_scale, r, w, c, e, to);
-    for (; r + 4 <= rows; r += 4) few_rows<DTYPE, 4>(codes, stride, sums, row_scale, r, w, c, e, to);
-    for (; r + 2 <= rows; r += 2) few_rows<DTYPE, 2>(codes, stride, sums, row_scale, r, w, c, e, to);
-    for (; r < rows; r++) few_rows<DTYPE, 1>(codes, stride, sums, row_scale, r, w, c, e, to);
-  }
+  e.row_scale = row_scale;
+  multiply_few<DTYPE, 8>(e, rows, threads, [&](auto count, int64_t row, int64_t column, __m512* total) {
+    few<decltype(count)::value>(codes + row * stride, stride, sums + row * groups, w, column, total);
+  });
 }
 
 constexpr int64_t FEW_ROWS = 8;
 
-template <class Weight, int DTYPE>
-void run(const void* x, const Weight& weight, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
-  if constexpr (Weight::dealt)
-    if (rows <= FEW_ROWS) return run_few<DTYPE>(x, weight, e, rows, in_features, threads);
-  run_many<Weight, DTYPE>(x, weight, e, rows, in_features, threads);
+template <int DTYPE>
+void run(const void* x, const Int8Weight& weight, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
+  run_many<Int8Weight, DTYPE>(x, weight, e, rows, in_features, threads);
+}
+
+template <int DTYPE>
+void run(const void* x, const Int4Weight& weight, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
+  if (rows <= FEW_ROWS) return run_few<DTYPE>(x, weight, e, rows, in_features, threads);
+  run_many<Int4Weight, DTYPE>(x, weight, e, rows, in_features, threads);
 }
 
 template <class Weight>
-void run(const void* x, const Weight& weight, const Packed& packed, const void* bias, void* out, int64_t rows, int dtype,
+void run_as(const void* x, const Weight& weight, const Packed& packed, const void* bias, void* out, int64_t rows, int dtype,
          int bias_dtype, int activation, const int64_t* pieces, int threads) {
   const Epilogue e = {nullptr, weight.scale, bias, bias_dtype, out, packed.out_features, 1, activation, pieces};
-  const auto run_as = dtype == FLOAT32    ? run<Weight, FLOAT32>
-                      : dtype == BFLOAT16 ? run<Weight, BFLOAT16>
-                                          : run<Weight, FLOAT16>;
   threads = team_for(rows, packed.out_features, packed.in_features, threads);
-  run_as(x, weight, e, rows, packed.in_features, threads);
+  if (dtype == FLOAT32) return run<FLOAT32>(x, weight, e, rows, packed.in_features, threads);
+  if (dtype == BFLOAT16) return run<BFLOAT16>(x, weight, e, rows, packed.in_features, threads);
+  run<FLOAT16>(x, weight, e, rows, packed.in_features, threads);
 }
 
 }  // namespace
@@ -265,7 +250,7 @@ extern "C" void autoplan_int8_dynamic(const void* x, const Packed* packed, const
                                       int dtype, int bias_dtype, int activation, const int64_t* pieces, int threads) {
   const int64_t strip_bytes = ceil_div(packed->in_features, 64) * 2 * TILE;
   const Int8Weight weight = {packed->codes(), (const int32_t*)packed->offset(), strip_bytes, packed->scale()};
-  run(x, weight, *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
+  run_as(x, weight, *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
 }
 
 // The same, in groups of `group_size`, a multiple of 16 that divides in_features.
@@ -274,5 +259,5 @@ extern "C" void autoplan_int4_dynamic(const void* x, const Packed* packed, const
   const int64_t strip_bytes = ceil_div(packed->in_features, 64) * 2 * TILE;
   const Int4Weight weight = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(),
                              packed->in_features, packed->group_size, strip_bytes, packed->channel_scale()};
-  run(x, weight, *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
+  run_as(x, weight, *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
 }

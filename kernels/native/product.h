@@ -8,6 +8,7 @@
 //   panel  16 rows x all of in_features      steps tiles       block  32 rows = two panels
 //   strip  32 output channels                2 x steps tiles
 #pragma once
+#include <type_traits>
 #include "simd.h"
 #ifdef __AMX_INT8__
 #include <sys/syscall.h>
@@ -200,6 +201,33 @@ struct Column {
     y = (char*)e.y + (rows * first + channel - first) * bytes, line = size * bytes;
   }
 };
+
+// `sums(count, row, column, total)` gives the products of `count` rows with 16 output channels, a vector for each row.
+template <int DTYPE, int COUNT, class Sums>
+static inline void store_rows(const Epilogue& e, int64_t row, int64_t rows, int64_t column, const Column& to, const Sums& sums) {
+  const __mmask16 mask = lanes(e.out_features - column * 16);
+  const __m512 bias = e.bias ? load(e.bias_dtype, e.bias, column * 16, mask) : _mm512_setzero_ps();
+  for (; row + COUNT <= rows; row += COUNT) {
+    __m512 total[COUNT];
+    sums(std::integral_constant<int, COUNT>(), row, column, total);
+    for (int r = 0; r < COUNT; r++) {
+      const __m512 row_scale = _mm512_set1_ps(e.row_scale ? e.row_scale[row + r] : 1);
+      const __m512 y = _mm512_fmadd_ps(total[r], row_scale, bias);
+      store<DTYPE>(to.y + (row + r) * to.line, 0, mask, e.activation ? activated(y, e.activation) : y);
+    }
+  }
+  if constexpr (COUNT > 1)
+    if (row < rows) store_rows<DTYPE, COUNT / 2>(e, row, rows, column, to, sums);
+}
+
+// Few rows, without tiles: each thread takes output channels, and reads their weights once for MOST rows or fewer.
+template <int DTYPE, int MOST, class Sums>
+static inline void multiply_few(const Epilogue& e, int64_t rows, int threads, const Sums& sums) {
+  const int64_t columns = ceil_div(e.out_features, 16);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t c = 0; c < columns; c++)
+    store_rows<DTYPE, MOST>(e, 0, rows, c, Column(e, rows, c * 16, bytes_of(DTYPE)), sums);
+}
 
 constexpr int64_t STREAMED = 512 << 10;  // bytes of output that leave nothing else in the second-level cache
 

@@ -72,19 +72,6 @@ void few(const float* x, int64_t stride, const float* group_sums, int64_t groups
   }
 }
 
-template <class Kind, int DTYPE, int ROWS>
-void few_rows(const float* x, int64_t row, const float* sums, int64_t groups, const Weight& w, int64_t channel,
-              const Epilogue& e, const Column& to) {
-  __m512 total[ROWS];
-  few<Kind, ROWS>(x + row * w.in_features, w.in_features, sums + row * groups, groups, w, channel, total);
-  const __mmask16 mask = lanes(e.out_features - channel);
-  const __m512 bias = e.bias ? load(e.bias_dtype, e.bias, channel, mask) : _mm512_setzero_ps();
-  for (int r = 0; r < ROWS; r++) {
-    const __m512 y = _mm512_add_ps(total[r], bias);
-    store<DTYPE>(to.y + (row + r) * to.line, 0, mask, e.activation ? activated(y, e.activation) : y);
-  }
-}
-
 template <class Kind, int DTYPE>
 void run_few(const void* x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
   const int64_t groups = w.groups();
@@ -102,15 +89,10 @@ void run_few(const void* x, const Weight& w, const Epilogue& e, int64_t rows, in
         sums[r * groups + g] = _mm512_reduce_add_ps(sum);
       }
   }
-  const int64_t columns = ceil_div(e.out_features, 16);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t c = 0; c < columns; c++) {
-    const Column to(e, rows, c * 16, bytes_of(DTYPE));
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) few_rows<Kind, DTYPE, 4>(values, r, sums, groups, w, c * 16, e, to);
-    for (; r + 2 <= rows; r += 2) few_rows<Kind, DTYPE, 2>(values, r, sums, groups, w, c * 16, e, to);
-    for (; r < rows; r++) few_rows<Kind, DTYPE, 1>(values, r, sums, groups, w, c * 16, e, to);
-  }
+  multiply_few<DTYPE, 4>(e, rows, threads, [&](auto count, int64_t row, int64_t column, __m512* total) {
+    few<Kind, decltype(count)::value>(values + row * w.in_features, w.in_features, sums + row * groups, groups, w,
+                                      column * 16, total);
+  });
 }
 
 // bfloat16 tiles [in_features / 32, 16, 64] of 16 channels: pairs along in_features, side by side.
