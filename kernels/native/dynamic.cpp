@@ -44,12 +44,14 @@ void quantize(const void* x, int64_t row, int64_t in_features, char* codes, int6
 // Weights as strips of int8 tiles. `strip(s, scratch, &start)` is the s-th one; `start` are its sums' first values.
 
 struct Int8Weight {
+  static constexpr int64_t FEW_ROWS = 4;
   static constexpr bool dealt = false;
   const char* tiles;
   const int32_t* starts;
   int64_t strip_bytes;
   const float* scale;  // of the tiles' codes, by output channel
 
+  int64_t groups() const { return 0; }  // with sums of their own
   int64_t scratch_bytes() const { return 0; }
   const char* strip(int64_t s, char*, const int32_t** start) const {
     *start = starts + s * STRIP;
@@ -60,7 +62,7 @@ struct Int8Weight {
 // An int4 weight stands for scale * (code - zero_point), with a scale per group; the int8 tiles have one scale for all of
 // a channel. Rounding to these adds about as much error as int8 weights have, a hundredth of what int4 has already.
 struct Int4Weight {
-  static constexpr int64_t AHEAD = 4096;  // bytes of weights to ask for early
+  static constexpr int64_t FEW_ROWS = 8;
   static constexpr bool dealt = true;  // a line has the even codes of each eight in its low halves, the odd in its high
   const char* lines;          // [out_features / 16, in_features / 8, 64]
   const float* group_scale;   // [out_features / 16, groups, 16]
@@ -68,6 +70,7 @@ struct Int4Weight {
   int64_t in_features, group_size, strip_bytes;
   const float* scale;
 
+  int64_t groups() const { return in_features / group_size; }
   int64_t scratch_bytes() const { return strip_bytes + STRIP * 4; }
   const char* strip(int64_t s, char* scratch, const int32_t** start) const {
     int32_t* const sums = (int32_t*)(scratch + strip_bytes);
@@ -79,7 +82,6 @@ struct Int4Weight {
 
  private:
   void tiles(int64_t column, char* to, int32_t* sums) const {
-    const int64_t groups = in_features / group_size;
     const char *line = lines + column * in_features * 8, *const end = to + strip_bytes / 2;
     const __m512 units = _mm512_div_ps(_mm512_set1_ps(256), _mm512_loadu_ps(scale + column * 16));
     [[maybe_unused]] __m512i sum = _mm512_setzero_si512();
@@ -90,9 +92,9 @@ struct Int4Weight {
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8((char)128), codes);
 #endif
     };
-    for (int64_t g = 0; g < groups; g++) {
+    for (int64_t g = 0; g < groups(); g++) {
       // In 16-bit lanes: 2^7 (code - zero_point) times 2^8 scale, of which mulhrs gives the rounded 2^-15th.
-      const int64_t at = (column * groups + g) * 16;
+      const int64_t at = (column * groups() + g) * 16;
       const __m512i factor = twice(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(group_scale + at), units)));
       const __m512i zero = _mm512_slli_epi16(twice(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(zero_point + at)))), 7);
       const auto code = [&](__m512i moved) {
@@ -166,69 +168,99 @@ void run_many(const void* x, const Weight& weight, Epilogue e, int64_t rows, int
   }
 }
 
-// Few rows of int4 weights: read once, multiplied as they are. For ROWS rows and 16 channels the sum over groups of
-// scale * (sum of x * code - zero_point * sum of x), where x are codes too.
-template <int ROWS>
-void few(const char* x, int64_t stride, const float* sums, const Int4Weight& w, int64_t column, __m512* total) {
-  const int64_t groups = w.in_features / w.group_size;
-  const char* line = w.lines + column * w.in_features * 8;
+// Few rows: weights are read once, and multiplied as they are. For ROWS rows of codes and STREAMS columns of 16 channels.
+template <int ROWS, int STREAMS>
+void few(const char* x, int64_t stride, const float*, const Int8Weight& w, int64_t column, int64_t apart,
+         __m512 (*total)[ROWS]) {
+  const char* line = w.tiles + column * w.strip_bytes / 2;
+  __m512i sum[STREAMS][ROWS];
+  for (int s = 0; s < STREAMS; s++)
+    for (int r = 0; r < ROWS; r++) sum[s][r] = _mm512_loadu_si512(w.starts + (column + s * apart) * 16);
+  for (int64_t k = 0; k < w.strip_bytes / 2; k += 64) {
+    __m512i codes[STREAMS];
+    for (int s = 0; s < STREAMS; s++) {
+      const char* const own = line + s * apart * w.strip_bytes / 2 + k;
+      _mm_prefetch(own + AHEAD, _MM_HINT_T0);
+      codes[s] = _mm512_loadu_si512(own);
+    }
+    for (int r = 0; r < ROWS; r++) {
+      const __m512i own = _mm512_set1_epi32(*(const int32_t*)(x + r * stride + k / 16));
+      for (int s = 0; s < STREAMS; s++) sum[s][r] = dot(sum[s][r], own, codes[s]);
+    }
+  }
+  for (int s = 0; s < STREAMS; s++)
+    for (int r = 0; r < ROWS; r++) total[s][r] = _mm512_cvtepi32_ps(sum[s][r]);
+}
+
+// The sum over groups of scale * (sum of x * code - zero_point * sum of x), where x are codes too; `sums` are theirs.
+template <int ROWS, int STREAMS>
+void few(const char* x, int64_t stride, const float* sums, const Int4Weight& w, int64_t column, int64_t apart,
+         __m512 (*total)[ROWS]) {
+  const int64_t groups = w.groups(), column_bytes = w.in_features * 8;
+  const char* line = w.lines + column * column_bytes;
   const __m512i half = _mm512_set1_epi8(15);
-  for (int r = 0; r < ROWS; r++) total[r] = _mm512_setzero_ps();
+  for (int s = 0; s < STREAMS; s++)
+    for (int r = 0; r < ROWS; r++) total[s][r] = _mm512_setzero_ps();
   for (int64_t g = 0, k = 0; g < groups; g++) {
-    __m512i even[ROWS], odd[ROWS];
-    for (int r = 0; r < ROWS; r++) even[r] = odd[r] = _mm512_setzero_si512();
+    __m512i sum[STREAMS][ROWS];
+    for (int s = 0; s < STREAMS; s++)
+      for (int r = 0; r < ROWS; r++) sum[s][r] = _mm512_setzero_si512();
     for (const int64_t end = k + w.group_size; k < end; k += 8, line += 64) {
-      _mm_prefetch(line + Int4Weight::AHEAD, _MM_HINT_T0);
-      const __m512i codes = _mm512_loadu_si512(line);
-      const __m512i low = _mm512_and_si512(codes, half), high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), half);
+      __m512i low[STREAMS], high[STREAMS];
+      for (int s = 0; s < STREAMS; s++) {
+        const char* const own = line + s * apart * column_bytes;
+        _mm_prefetch(own + AHEAD, _MM_HINT_T0);
+        const __m512i codes = _mm512_loadu_si512(own);
+        low[s] = _mm512_and_si512(codes, half), high[s] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), half);
+      }
       for (int r = 0; r < ROWS; r++) {
         const int32_t* own = (const int32_t*)(x + r * stride + k);
-        even[r] = _mm512_dpbusd_epi32(even[r], low, _mm512_set1_epi32(own[0]));
-        odd[r] = _mm512_dpbusd_epi32(odd[r], high, _mm512_set1_epi32(own[1]));
+        const __m512i even = _mm512_set1_epi32(own[0]), odd = _mm512_set1_epi32(own[1]);
+        for (int s = 0; s < STREAMS; s++) sum[s][r] = dot(dot(sum[s][r], low[s], even), high[s], odd);
       }
     }
-    const int64_t at = (column * groups + g) * 16;
-    const __m512 scale = _mm512_loadu_ps(w.group_scale + at);
-    const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(w.zero_point + at))));
-    for (int r = 0; r < ROWS; r++) {
-      const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(even[r], odd[r]));
-      total[r] = _mm512_fmadd_ps(scale, _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[r * groups + g]), sum), total[r]);
+    for (int s = 0; s < STREAMS; s++) {
+      const int64_t at = ((column + s * apart) * groups + g) * 16;
+      const __m512 scale = _mm512_loadu_ps(w.group_scale + at);
+      const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(w.zero_point + at))));
+      for (int r = 0; r < ROWS; r++) {
+        const __m512 offset = _mm512_set1_ps(sums[r * groups + g]);
+        total[s][r] = _mm512_fmadd_ps(scale, _mm512_fnmadd_ps(zero, offset, _mm512_cvtepi32_ps(sum[s][r])), total[s][r]);
+      }
     }
   }
 }
 
-template <int DTYPE>
-void run_few(const void* x, const Int4Weight& w, Epilogue e, int64_t rows, int64_t in_features, int threads) {
-  const int64_t stride = ceil_div(in_features, 64) * 64, groups = w.in_features / w.group_size;
+template <class Weight, int DTYPE>
+void run_few(const void* x, const Weight& w, Epilogue e, int64_t rows, int64_t in_features, int threads) {
+  const int64_t stride = ceil_div(in_features, 64) * 64, groups = w.groups(), size = groups ? in_features / groups : 0;
   char* const codes = scratch(rows * (stride + (groups + 1) * 4));
   float *const sums = (float*)(codes + rows * stride), *const row_scale = sums + rows * groups;
   for (int64_t r = 0; r < rows; r++) {
     char* const own = codes + r * stride;
-    quantize<DTYPE, true>(x, r, in_features, own, 64, 0, row_scale + r);
+    quantize<DTYPE, Weight::dealt>(x, r, in_features, own, 64, w.dealt ? 0 : (char)128, row_scale + r);
     for (int64_t g = 0; g < groups; g++) {
       __m512i sum = _mm512_setzero_si512();
-      for (int64_t k = g * w.group_size; k < (g + 1) * w.group_size; k += 16)
+      for (int64_t k = g * size; k < (g + 1) * size; k += 16)
         sum = _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(own + k))));
       sums[r * groups + g] = (float)_mm512_reduce_add_epi32(sum);
     }
   }
   e.row_scale = row_scale;
-  multiply_few<DTYPE, 8>(e, rows, threads, [&](auto count, int64_t row, int64_t column, __m512* total) {
-    few<decltype(count)::value>(codes + row * stride, stride, sums + row * groups, w, column, total);
-  });
+  if (groups) e.scale = nullptr;  // each has its own
+  const auto multiplied = [&](auto count, auto streams, int64_t row, int64_t column, int64_t apart, auto* total) {
+    few<decltype(count)::value, decltype(streams)::value>(codes + row * stride, stride, sums + row * groups, w, column,
+                                                          apart, total);
+  };
+  if (rows <= 2) return multiply_few<DTYPE, 2, 4>(e, rows, threads, multiplied);
+  if (rows <= 4) return multiply_few<DTYPE, 4, 4>(e, rows, threads, multiplied);
+  multiply_few<DTYPE, 8, 2>(e, rows, threads, multiplied);
 }
 
-constexpr int64_t FEW_ROWS = 8;
-
-template <int DTYPE>
-void run(const void* x, const Int8Weight& weight, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
-  run_many<Int8Weight, DTYPE>(x, weight, e, rows, in_features, threads);
-}
-
-template <int DTYPE>
-void run(const void* x, const Int4Weight& weight, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
-  if (rows <= FEW_ROWS) return run_few<DTYPE>(x, weight, e, rows, in_features, threads);
-  run_many<Int4Weight, DTYPE>(x, weight, e, rows, in_features, threads);
+template <class Weight, int DTYPE>
+void run(const void* x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
+  if (rows <= Weight::FEW_ROWS) return run_few<Weight, DTYPE>(x, w, e, rows, in_features, threads);
+  run_many<Weight, DTYPE>(x, w, e, rows, in_features, threads);
 }
 
 template <class Weight>
@@ -236,9 +268,9 @@ void run_as(const void* x, const Weight& weight, const Packed& packed, const voi
          int bias_dtype, int activation, const int64_t* pieces, int threads) {
   const Epilogue e = {nullptr, weight.scale, bias, bias_dtype, out, packed.out_features, 1, activation, pieces};
   threads = team_for(rows, packed.out_features, packed.in_features, threads);
-  if (dtype == FLOAT32) return run<FLOAT32>(x, weight, e, rows, packed.in_features, threads);
-  if (dtype == BFLOAT16) return run<BFLOAT16>(x, weight, e, rows, packed.in_features, threads);
-  run<FLOAT16>(x, weight, e, rows, packed.in_features, threads);
+  if (dtype == FLOAT32) return run<Weight, FLOAT32>(x, weight, e, rows, packed.in_features, threads);
+  if (dtype == BFLOAT16) return run<Weight, BFLOAT16>(x, weight, e, rows, packed.in_features, threads);
+  run<Weight, FLOAT16>(x, weight, e, rows, packed.in_features, threads);
 }
 
 }  // namespace

@@ -41,33 +41,42 @@ struct Weight {
   }
 };
 
-// For ROWS rows and 16 channels: sum over groups of scale * (sum of x * code - zero_point * sum of x).
-template <class Kind, int ROWS>
-void few(const float* x, int64_t stride, const float* group_sums, int64_t groups, const Weight& w, int64_t channel,
-         __m512* total) {
-  const char* line = w.lines + channel / 16 * (w.in_features / Kind::LINE_K) * 64;
-  for (int r = 0; r < ROWS; r++) total[r] = _mm512_setzero_ps();
+// For ROWS rows and STREAMS times 16 channels: sum over groups of scale * (sum of x * code - zero_point * sum of x).
+template <class Kind, int ROWS, int STREAMS>
+void few(const float* x, int64_t stride, const float* group_sums, const Weight& w, int64_t channel, int64_t apart,
+         __m512 (*total)[ROWS]) {
+  const int64_t groups = w.groups(), column_bytes = w.in_features / Kind::LINE_K * 64;
+  const char* line = w.lines + channel / 16 * column_bytes;
+  for (int s = 0; s < STREAMS; s++)
+    for (int r = 0; r < ROWS; r++) total[s][r] = _mm512_setzero_ps();
   for (int64_t g = 0; g < groups; g++) {
-    __m512 even[ROWS], odd[ROWS];
-    for (int r = 0; r < ROWS; r++) even[r] = odd[r] = _mm512_setzero_ps();
+    __m512 even[STREAMS][ROWS], odd[STREAMS][ROWS];
+    for (int s = 0; s < STREAMS; s++)
+      for (int r = 0; r < ROWS; r++) even[s][r] = odd[s][r] = _mm512_setzero_ps();
     const int64_t end = (g + 1) * w.group_size;
     for (int64_t k = g * w.group_size; k < end; k += Kind::LINE_K, line += 64) {
-      _mm_prefetch(line + 2048, _MM_HINT_T0);
-      const __m512i codes = _mm512_loadu_si512(line);
+      for (int s = 0; s < STREAMS; s++) {
+        const char* const own = line + s * apart * column_bytes;
+        _mm_prefetch(own + AHEAD, _MM_HINT_T0);
+        const __m512i codes = _mm512_loadu_si512(own);
 #pragma GCC unroll 8
-      for (int j = 0; j < Kind::LINE_K; j += 2) {
-        const __m512 first = Kind::codes(codes, j), second = Kind::codes(codes, j + 1);
-        for (int r = 0; r < ROWS; r++) {
-          even[r] = _mm512_fmadd_ps(first, _mm512_set1_ps(x[r * stride + k + j]), even[r]);
-          odd[r] = _mm512_fmadd_ps(second, _mm512_set1_ps(x[r * stride + k + j + 1]), odd[r]);
+        for (int j = 0; j < Kind::LINE_K; j += 2) {
+          const __m512 first = Kind::codes(codes, j), second = Kind::codes(codes, j + 1);
+          for (int r = 0; r < ROWS; r++) {
+            even[s][r] = _mm512_fmadd_ps(first, _mm512_set1_ps(x[r * stride + k + j]), even[s][r]);
+            odd[s][r] = _mm512_fmadd_ps(second, _mm512_set1_ps(x[r * stride + k + j + 1]), odd[s][r]);
+          }
         }
       }
     }
-    const __m512 scale = _mm512_mul_ps(w.scales(channel, g), _mm512_set1_ps(Kind::unit));
-    for (int r = 0; r < ROWS; r++) {
-      __m512 sum = _mm512_add_ps(even[r], odd[r]);
-      if (w.zero_point) sum = _mm512_fnmadd_ps(w.zeros(channel, g), _mm512_set1_ps(group_sums[r * groups + g]), sum);
-      total[r] = _mm512_fmadd_ps(scale, sum, total[r]);
+    for (int s = 0; s < STREAMS; s++) {
+      const int64_t own = channel + s * apart * 16;
+      const __m512 scale = _mm512_mul_ps(w.scales(own, g), _mm512_set1_ps(Kind::unit));
+      for (int r = 0; r < ROWS; r++) {
+        __m512 sum = _mm512_add_ps(even[s][r], odd[s][r]);
+        if (w.zero_point) sum = _mm512_fnmadd_ps(w.zeros(own, g), _mm512_set1_ps(group_sums[r * groups + g]), sum);
+        total[s][r] = _mm512_fmadd_ps(scale, sum, total[s][r]);
+      }
     }
   }
 }
@@ -89,10 +98,12 @@ void run_few(const void* x, const Weight& w, const Epilogue& e, int64_t rows, in
         sums[r * groups + g] = _mm512_reduce_add_ps(sum);
       }
   }
-  multiply_few<DTYPE, 4>(e, rows, threads, [&](auto count, int64_t row, int64_t column, __m512* total) {
-    few<Kind, decltype(count)::value>(values + row * w.in_features, w.in_features, sums + row * groups, groups, w,
-                                      column * 16, total);
-  });
+  const auto multiplied = [&](auto count, auto streams, int64_t row, int64_t column, int64_t apart, auto* total) {
+    few<Kind, decltype(count)::value, decltype(streams)::value>(values + row * w.in_features, w.in_features,
+                                                                sums + row * groups, w, column * 16, apart, total);
+  };
+  if (rows <= 2) return multiply_few<DTYPE, 2, 4>(e, rows, threads, multiplied);
+  multiply_few<DTYPE, 4, 1>(e, rows, threads, multiplied);  // which have enough to do with each line
 }
 
 // bfloat16 tiles [in_features / 32, 16, 64] of 16 channels: pairs along in_features, side by side.

@@ -53,8 +53,9 @@ def canonical(name: str, out_features: int, in_features: int) -> packing.Canonic
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_every_path_is_close_to_float64(name: str, dtype: torch.dtype) -> None:
     kernel = find_kernel(name)
-    # one thread and several; blocks and panels that are full, part full and missing; more rows than one group holds
-    sizes = [(1, 32), (17, 96), (33, 64), (40, 320), (96, 1024)]
+    # one thread and several; blocks and panels that are full, part full and missing; more rows than one group holds;
+    # columns enough to be read side by side, and some that are left
+    sizes = [(1, 32), (17, 96), (33, 64), (40, 320), (96, 1024), (616, 256)]
     if name == "fused_int8":
         sizes += [(3, 4), (9, 20), (50, 100), (17, 65)]
     for out_features, in_features in sizes:
@@ -66,6 +67,16 @@ def test_every_path_is_close_to_float64(name: str, dtype: torch.dtype) -> None:
             # int8 activations; or bfloat16 ones, beyond a few rows, times int4 weights rounded to bfloat16
             bound = 0.02 if name in DYNAMIC else 5e-3 if rows > FEW_ROWS else 1e-6
             assert error <= bound + TOLERANCES[dtype], (out_features, in_features, rows, error)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_row_of_int8_products_does_not_depend_on_how_many_there_are(dtype: torch.dtype) -> None:
+    kernel, stored = find_kernel("fused_int8"), canonical("fused_int8", 616, 300)
+    packed, bias, x = kernel.layout.pack(stored), torch.randn(616), torch.randn(70, 300).to(dtype)
+    y = kernel.run(x, packed, bias, dtype)
+    for rows in (1, 2, 3, 4, 5, 16, 17, 33):
+        assert torch.equal(kernel.run(x[:rows], packed, bias, dtype), y[:rows]), rows
 
 
 @pytest.mark.usefixtures("compiled")
