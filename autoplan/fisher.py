@@ -103,7 +103,8 @@ def _of_one_input(
     for number in passes:
         generator = torch.Generator(output.device).manual_seed(seed + 104729 * number)
         cotangent = None if loss is not None else _cotangent(reference, output.detach(), generator)
-        found = torch.autograd.grad(target, taps, cotangent, retain_graph=number != passes[-1], allow_unused=True)
+        with _bf16_products():
+            found = torch.autograd.grad(target, taps, cotangent, retain_graph=number != passes[-1], allow_unused=True)
         for one, gradient in zip(calls, found, strict=True):
             if gradient is None:
                 gradient = torch.zeros((), device=one.x.device).expand(*one.x.shape[:-1], 1)
@@ -133,6 +134,18 @@ def _cotangent(reference: Reference, output: Tensor, generator: torch.Generator)
     if reference.mask is not None:
         v = torch.where(reference.mask.reshape(reference.mask.shape + (1,) * (v.dim() - reference.mask.dim())), v, 0)
     return v.to(output.dtype)
+
+
+@contextmanager
+def _bf16_products() -> Iterator[None]:
+    """On CPUs with bfloat16 units, float32 products inside the block round what they multiply to it, as KEPT does."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @contextmanager

@@ -32,10 +32,10 @@ Size = tuple[str, str, int, int, str]  # candidate, program, in_features, out_fe
 Scores = dict[Pair, Sensitivity]
 
 _ROWS_PER_BACKWARD = 2048  # of the layer that has most: what one backward pass holds of activations
-_HELD_BYTES = 2 << 30  # of layers' inputs and gradients at a time, until their candidates have been tried
+_HELD_BYTES = 4 << 30  # of layers' inputs and gradients at a time, until their candidates have been tried
 _FIRST_BLOCKS, _FIRST_SAMPLES = 512, 128  # of tokens, or of a pooled output, times the passes that scoring starts with
 _PASSES = 16  # at most
-_RELATIVE_ERROR = 0.1  # of the sum of scores, from which on no further pass is made
+_RELATIVE_ERROR = 0.15  # of the sum of scores, from which on no further pass is made
 _AUDITED = 0.05  # of the pairs
 _AUDITED_AT_LEAST = 3
 _AGREES = 2.0  # measured and predicted harm are less than this factor apart
@@ -275,7 +275,7 @@ def fisher(subject: Subject, trials: Sequence[Trial], go_on: Callable[[int], boo
     """Sampled Fisher, see `fisher.py`: a few passes over the scoring inputs serve every candidate of every layer.
 
     The layers are taken in groups whose inputs and gradients fit in `_HELD_BYTES`. A group gets as many passes as bring
-    the standard error of its sum of scores below 10 %, up to 16; every further round quantizes its layers once more.
+    the standard error of its sum of scores below 15 %, up to 16; every further round quantizes its layers once more.
     Raises GradientError.
     """
     if not trials:
@@ -375,6 +375,7 @@ class Gate:
         self._autocast = self._dtype != weight.dtype
         self._x = recording.rows(profile.name).to(weight.device)
         self._y = F.linear(self._x.float(), weight.float(), None if bias is None else bias.float())
+        self._signal = _norm(self._y)
 
     def sqnr_db(self, made: Mapping[str, nn.Module]) -> float:
         """20 log10(norm(y) / norm(y - q)), dB: y of the float layer in float32, q of the planned one.
@@ -386,7 +387,11 @@ class Gate:
             q = made[self._name].forward(x.to(self._dtype)).float()  # not the user's hooks: these are only rows
         if not bool(torch.isfinite(q).all()):
             return -math.inf
-        signal, noise = torch.linalg.vector_norm(y.double()).item(), torch.linalg.vector_norm((y - q).double()).item()
+        noise = _norm(q - y)
         if noise == 0:
             return math.inf
-        return 20 * math.log10(signal / noise) if signal else -math.inf
+        return 20 * math.log10(self._signal / noise) if self._signal else -math.inf
+
+
+def _norm(y: Tensor) -> float:
+    return float(torch.linalg.vector_norm(y, dtype=torch.float64))

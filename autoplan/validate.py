@@ -39,7 +39,7 @@ Evaluate = Callable[[nn.Module], float]
 
 _MIN_ROUNDS, _MAX_ROUNDS = 8, 40
 _GPU_WARM_UPS = 3  # calls that compile, that record a CUDA graph, and that replay it
-_SECONDS = 20.0  # for timing the whole model
+_SECONDS = 10.0  # for timing the whole model
 SHARE = 0.8  # of the float model's time: the rest could not turn the verdict, unless the plan were far slower there
 _TOLERANCE = 0.01  # of the float model's score, where the caller of `evaluate` names none
 
