@@ -144,7 +144,9 @@ class PlannedLinear(nn.Module):
         if self._inline is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
             y = self._inline(x, self._packed, self.bias, dtype)
         else:
-            y = call_linear(x, self._packed, self.bias, self._running, self.out_features, dtype)
+            # nn.Module takes a microsecond to find it as an attribute, which is needed only once it is pruned.
+            bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401
+            y = call_linear(x, self._packed, bias, self._running, self.out_features, dtype)
         return y if flat else y.view(*input.shape[:-1], self.out_features)
 
     @property

@@ -4,7 +4,8 @@
     python benchmarks/overhead.py --seconds 0.2  # says nothing
 
 One 64x64 layer at one row, where the kernel takes next to nothing: the layer as a module against its kernel called with
-the same tensors, and a model whose plan is `none` against the model itself; paired, in one interleaved run.
+the same tensors and a new one for the output, as F.linear makes one; and a model whose plan is `none` against the model
+itself; paired, in one interleaved run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from result_files import folder_of, measured_on, write_csv
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 
 from autoplan import Budget, apply_plan, kernels, make_plan, record, timing
 from autoplan.cache import fingerprint
@@ -77,14 +78,17 @@ def layers() -> dict[str, Callable[[], object]]:
     }
     for candidate, kernel in PROGRAMS:
         layer = PlannedLinear.from_linear("layer", model[0], find_candidate(candidate), f"1:{kernel}")
-        run, into, out = kernels.find_kernel(kernel).run, kernels.find_kernel(kernel).into, torch.empty(1, SIZE)
         calls[candidate] = functools.partial(layer, x)
-        calls[f"kernel of {candidate}"] = (
-            functools.partial(run, x, layer._packed, layer.bias, torch.float32)
-            if into is None
-            else functools.partial(into, x, layer._packed, layer.bias, out, "none", ())
-        )
+        calls[f"kernel of {candidate}"] = functools.partial(call_kernel, kernels.find_kernel(kernel), x, layer)
     return calls
+
+
+def call_kernel(kernel: kernels.Kernel, x: Tensor, layer: PlannedLinear) -> Tensor:
+    if kernel.into is None:
+        return kernel.run(x, layer._packed, layer.bias, torch.float32)
+    out = torch.empty(1, SIZE)
+    kernel.into(x, layer._packed, layer.bias, out, "none", ())
+    return out
 
 
 if __name__ == "__main__":

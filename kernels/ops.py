@@ -188,7 +188,7 @@ def unpack_program(program: str, packed: Packed) -> Canonical:
 def _step(program: str, rows: int) -> tuple[Kernel, slice]:
     """The kernel that runs so many rows, and where among the packed tensors it finds its own."""
     thresholds, kernels, slices = parse_program(program)
-    i = max(bisect.bisect_right(thresholds, rows) - 1, 0)
+    i = max(bisect.bisect_right(thresholds, rows) - 1, 0) if len(thresholds) > 1 else 0
     return kernels[i], slices[i]
 
 

@@ -6,6 +6,7 @@ import argparse
 import csv
 import datetime
 import importlib.util
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,20 @@ def test_overhead(script: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     assert script.main(["--seconds", "0.2", "--out", str(tmp_path)]) == 0
     rows = {row["layer"]: row for row in rows_of(tmp_path / "overhead.csv")}
     assert set(rows) == {"nn.Linear", "planned, none", "int8_dynamic", "int4_g32"}
-    assert all(float(row["us"]) > 0 for row in rows.values())
+    assert all(0 < float(row["us"]) < math.inf for row in rows.values())
+    assert all(math.isfinite(float(row["beside its kernel"])) for row in rows.values())
+
+
+@pytest.mark.parametrize("script", ["int4_error"], indirect=True)
+def test_errors_of_int4(script: ModuleType, tmp_path: Path) -> None:
+    assert script.main(["--layers", "2", "--out", str(tmp_path)]) == 0
+    ours = [row for row in rows_of(tmp_path / "int4_error.csv") if row["library"] == "autoplan"]
+    assert [float(row["bits"]) for row in ours] == [4 + 40 / 32, 4 + 40 / 64, 4 + 40 / 128]
+    assert [float(row["error"]) for row in ours] == sorted(float(row["error"]) for row in ours)
+    assert all(float(row["autoplan_there"]) == pytest.approx(1) for row in ours)
+    assert script.on_line(5, [(2, 1.0), (4, 2.0), (8, 6.0)]) == 3
+    assert script.on_line(1, [(2, 1.0), (4, 2.0), (8, 6.0)]) == 0.5
+    assert script.on_line(9, [(2, 1.0), (4, 2.0), (8, 6.0)]) == 7
 
 
 @pytest.mark.parametrize("script", ["decode"], indirect=True)
