@@ -59,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", nargs="+", metavar="GLOB", help="instead of those that matter most for a table")
     parser.add_argument("--full", action="store_true", help="every peer and every layer")
     parser.add_argument("--quick", action="store_true", help="toys, not compiled: that it works, and nothing else")
-    parser.add_argument("--seconds", type=float, help="of one race (default: 12, full 30, quick 0.5)")
+    parser.add_argument("--seconds", type=float, help="of one race (default: 8, full 30, quick 0.5)")
     parser.add_argument("--patience", type=float, default=900, help="seconds a peer may take to set up (default: 900)")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results/<device>)")
     parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)  # what a child process has done so far
     arguments = parser.parse_args(argv)
-    arguments.seconds = arguments.seconds or (0.5 if arguments.quick else 30 if arguments.full else 12)
+    arguments.seconds = arguments.seconds or (0.5 if arguments.quick else 30 if arguments.full else 8)
     if arguments.journal:
         (table,) = arguments.workloads
         play(table, arguments)

@@ -328,30 +328,30 @@ INT4 = "torchao.prototype.quantization.int4"
 FLOAT8_DYNAMIC = "Float8DynamicActivationFloat8WeightOpaqueTensorConfig"
 FLOAT8 = "torchao.prototype.float8_opaque_tensor"
 
-ENCODERS, DECODERS = ("minilm-32x64", "minilm-1x16", "vit"), ("language-model", "decoder")
+ENCODERS = ("minilm-32x64", "minilm-1x16", "vit")
 
 PEERS = (
     Peer(BASELINE, plain(F32, compiled=False), TABLES),
     Peer(OURS, autoplan("balanced"), TABLES),
     Peer("autoplan high", autoplan("high")),
-    Peer("autoplan lossless", autoplan("lossless"), ["minilm-32x64"]),
+    Peer("autoplan lossless", autoplan("lossless"), ["decoder"]),
     Peer("autoplan balanced, given bfloat16", autoplan("balanced", BF16), ["minilm-32x64", "language-model"]),
     Peer("autoplan high, given bfloat16", autoplan("high", BF16)),
     Peer("bfloat16 eager", plain(BF16, compiled=False)),
-    Peer("float32 compiled", plain(F32, compiled=True), TABLES),
+    Peer("float32 compiled", plain(F32, compiled=True), [*ENCODERS, "layers"]),
     Peer("bfloat16 compiled", plain(BF16, compiled=True), TABLES),
     Peer("autocast bfloat16 compiled", autocast),
     Peer("quantize_dynamic", quantize_dynamic),
-    Peer("torchao int8 weight-only bfloat16", torchao(BF16, "Int8WeightOnlyConfig"), DECODERS),
+    Peer("torchao int8 weight-only bfloat16", torchao(BF16, "Int8WeightOnlyConfig"), ["language-model"]),
     Peer("torchao int8 dynamic float32", torchao(F32, INT8_DYNAMIC), [*ENCODERS, "layers"]),
-    Peer("torchao int8 dynamic bfloat16", torchao(BF16, INT8_DYNAMIC), DECODERS),
-    Peer("torchao int4 bfloat16", torchao(BF16, "PrototypeInt4WeightOnlyConfig", INT4, group_size=128), DECODERS),
+    Peer("torchao int8 dynamic bfloat16", torchao(BF16, INT8_DYNAMIC), ["decoder"]),
+    Peer("torchao int4 bfloat16", torchao(BF16, "PrototypeInt4WeightOnlyConfig", INT4, group_size=128), ["decoder"]),
     Peer("torchao int8 dynamic, int4 bfloat16", torchao(BF16, "Int8DynamicActivationInt4WeightConfig", INT4)),
     Peer("torchao float8 weight-only bfloat16", torchao(BF16, "Float8WeightOnlyConfig")),
     Peer("torchao float8 dynamic bfloat16", torchao(BF16, FLOAT8_DYNAMIC, FLOAT8)),
     Peer("PT2E dynamic", pt2e(dynamic=True)),
     Peer("PT2E static", pt2e(dynamic=False), ENCODERS),
-    Peer("quanto int8", quanto("qint8"), [*ENCODERS, *DECODERS]),
+    Peer("quanto int8", quanto("qint8"), ENCODERS),
     Peer("quanto int8 bfloat16", quanto("qint8", dtype=BF16)),
     Peer("quanto int4", quanto("qint4")),
     Peer("quanto float8", quanto("qfloat8")),
