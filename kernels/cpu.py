@@ -285,8 +285,8 @@ def _int4pack(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.d
 def _pack_int4(canonical: Canonical) -> tuple[Tensor, ...]:
     codes, scale, zero_point = canonical["codes"], canonical["scale"], canonical["zero_point"]
     tiles = torch._convert_weight_to_int4pack_for_cpu(unpack_nibbles(codes).int(), 1)
-    offset = (8 - zero_point.float()) * scale  # torch's int4 stands for scale * (code - 8) + offset
-    scale_and_zero = torch.stack((scale, offset), dim=2).transpose(0, 1).contiguous().to(torch.bfloat16)
+    offset = (8 - zero_point.float()) * scale.float()  # torch's int4 stands for scale * (code - 8) + offset
+    scale_and_zero = torch.stack((scale, offset.to(scale.dtype)), dim=2).transpose(0, 1).contiguous()
     return tiles, scale_and_zero, codes, scale, zero_point
 
 

@@ -103,7 +103,7 @@ def test_overhead(script: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_errors_of_int4(script: ModuleType, tmp_path: Path) -> None:
     assert script.main(["--layers", "2", "--out", str(tmp_path)]) == 0
     ours = [row for row in rows_of(tmp_path / "int4_error.csv") if row["library"] == "autoplan"]
-    assert [float(row["bits"]) for row in ours] == [4 + 40 / 32, 4 + 40 / 64, 4 + 40 / 128]
+    assert [float(row["bits"]) for row in ours] == [4 + 24 / size for size in (16, 32, 64, 128)]
     assert [float(row["error"]) for row in ours] == sorted(float(row["error"]) for row in ours)
     assert all(float(row["autoplan_there"]) == pytest.approx(1) for row in ours)
     assert script.on_line(5, [(2, 1.0), (4, 2.0), (8, 6.0)]) == 3

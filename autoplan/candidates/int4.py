@@ -13,7 +13,7 @@ _GROUP_SIZES = (32, 64, 128)
 
 
 class Int4Grouped(Candidate):
-    """W4A16: asymmetric int4, a float32 scale and an integer zero point per group, ranges clipped by search."""
+    """W4A16: asymmetric int4, a bfloat16 scale and an integer zero point per group, ranges clipped by search."""
 
     prefix, same_in_int8 = "int4", "int8_weight_only"
     tensors = ("codes", "scale", "zero_point")

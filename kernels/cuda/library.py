@@ -61,8 +61,8 @@ def _tinygemm(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.d
 def _pack_tiles(canonical: Canonical) -> tuple[Tensor, ...]:
     codes, scale, zero_point = canonical["codes"], canonical["scale"], canonical["zero_point"]
     swapped = (codes << 4) | (codes >> 4)  # torch wants the even column in the upper half
-    offset = (8 - zero_point.float()) * scale  # torch's int4 stands for scale * (code - 8) + offset
-    scale_and_zero = torch.stack((scale, offset), dim=2).transpose(0, 1).contiguous().to(torch.bfloat16)
+    offset = (8 - zero_point.float()) * scale.float()  # torch's int4 stands for scale * (code - 8) + offset
+    scale_and_zero = torch.stack((scale, offset.to(scale.dtype)), dim=2).transpose(0, 1).contiguous()
     return torch._convert_weight_to_int4pack(swapped, _INNER_TILES), scale_and_zero, scale, zero_point
 
 

@@ -90,7 +90,7 @@ def _pack_int4(canonical: Canonical) -> tuple[Tensor, ...]:
     padded = _padded(codes, 4)
     lines = padded.view(padded.shape[0] // 16, 16, padded.shape[1] // 4, 4).transpose(1, 2)
     sizes = (codes.shape[0], 2 * codes.shape[1], 2 * codes.shape[1] // scale.shape[1])
-    largest = torch.maximum(zero_point, 15 - zero_point) * scale  # of a group's
+    largest = torch.maximum(zero_point, 15 - zero_point) * scale.float()  # of a group's
     channel_scale = _padded((largest.amax(dim=1, keepdim=True) / 127).clamp_min_(1e-30), 1)
     return _join(sizes, lines, _columns(scale), _columns(zero_point), channel_scale)
 
@@ -111,7 +111,7 @@ def _unpack_int4(packed: ops.Packed) -> Canonical:
         values = _part(packed, place, (columns, groups, 16), dtype).transpose(1, 2).reshape(columns * 16, groups)
         return values[:out_features].clone(memory_format=torch.contiguous_format)
 
-    return {"codes": codes, "scale": rows(1, torch.float32), "zero_point": rows(2, torch.uint8)}
+    return {"codes": codes, "scale": rows(1, torch.bfloat16), "zero_point": rows(2, torch.uint8)}
 
 
 _INT8_TILES = ops.Layout("int8_tiles", 1, _pack_int8, _unpack_int8)
@@ -133,7 +133,7 @@ def quantize_int4_fast(weight: Tensor, group_size: int) -> Canonical:
     weight = weight.contiguous()
     (out_features, in_features), ratios = weight.shape, torch.tensor(CLIP_RATIOS, dtype=torch.float64)
     codes = torch.empty((out_features, in_features // 2), dtype=torch.uint8)
-    scale = torch.empty((out_features, in_features // group_size))
+    scale = torch.empty((out_features, in_features // group_size), dtype=torch.bfloat16)
     zero_point = torch.empty_like(scale, dtype=torch.uint8)
     library().autoplan_quantize_int4(
         weight.data_ptr(), _CODES[weight.dtype], out_features, in_features, group_size, ratios.data_ptr(), len(ratios),

@@ -65,7 +65,7 @@ struct Int4Weight {
   static constexpr int64_t FEW_ROWS = 8;
   static constexpr bool dealt = true;  // a line has the even codes of each eight in its low halves, the odd in its high
   const char* lines;          // [out_features / 16, in_features / 8, 64]
-  const float* group_scale;   // [out_features / 16, groups, 16]
+  const void* group_scale;    // [out_features / 16, groups, 16] bfloat16
   const uint8_t* zero_point;  // the same
   int64_t in_features, group_size, strip_bytes;
   const float* scale;
@@ -95,7 +95,7 @@ struct Int4Weight {
     for (int64_t g = 0; g < groups(); g++) {
       // In 16-bit lanes: 2^7 (code - zero_point) times 2^8 scale, of which mulhrs gives the rounded 2^-15th.
       const int64_t at = (column * groups() + g) * 16;
-      const __m512i factor = twice(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(group_scale + at), units)));
+      const __m512i factor = twice(_mm512_cvtps_epi32(_mm512_mul_ps(load<BFLOAT16>(group_scale, at), units)));
       const __m512i zero = _mm512_slli_epi16(twice(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(zero_point + at)))), 7);
       const auto code = [&](__m512i moved) {
         return _mm512_mulhrs_epi16(_mm512_sub_epi16(_mm512_and_si512(moved, _mm512_set1_epi16(15 << 7)), zero), factor);
@@ -221,7 +221,7 @@ void few(const char* x, int64_t stride, const float* sums, const Int4Weight& w, 
     }
     for (int s = 0; s < STREAMS; s++) {
       const int64_t at = ((column + s * apart) * groups + g) * 16;
-      const __m512 scale = _mm512_loadu_ps(w.group_scale + at);
+      const __m512 scale = load<BFLOAT16>(w.group_scale, at);
       const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(w.zero_point + at))));
       for (int r = 0; r < ROWS; r++) {
         const __m512 offset = _mm512_set1_ps(sums[r * groups + g]);
@@ -281,7 +281,7 @@ extern "C" int autoplan_available() { return product_available(); }
 extern "C" void autoplan_int8_dynamic(const void* x, const Packed* packed, const void* bias, void* out, int64_t rows,
                                       int dtype, int bias_dtype, int activation, const int64_t* pieces, int threads) {
   const int64_t strip_bytes = ceil_div(packed->in_features, 64) * 2 * TILE;
-  const Int8Weight weight = {packed->codes(), (const int32_t*)packed->offset(), strip_bytes, packed->scale()};
+  const Int8Weight weight = {packed->codes(), (const int32_t*)packed->offset(), strip_bytes, (const float*)packed->scale()};
   run_as(x, weight, *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
 }
 

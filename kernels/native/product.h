@@ -29,7 +29,7 @@ struct Packed {
   int64_t out_features, in_features, group_size, codes_at, scale_at, offset_at, channel_scale_at;
 
   const char* codes() const { return (const char*)this + codes_at; }
-  const float* scale() const { return (const float*)((const char*)this + scale_at); }
+  const void* scale() const { return (const char*)this + scale_at; }  // float32, or bfloat16 for groups of int4
   const void* offset() const { return (const char*)this + offset_at; }  // zero points, or where sums start
   const float* channel_scale() const { return (const float*)((const char*)this + channel_scale_at); }
 };

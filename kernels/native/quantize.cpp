@@ -36,7 +36,7 @@ Group best_of(const float* values, int64_t count, const double* ratios, int64_t 
   Group best = {1, 0};
   float least_error = INFINITY;
   for (int64_t i = 0; i < tried; i++) {
-    const float scale = fmaxf(range * (float)(ratios[i] / 15), TINY);
+    const float scale = rounded_bf16(fmaxf(range * (float)(ratios[i] / 15), TINY));
     const Group group = {scale, fminf(nearbyintf(-least * (float)ratios[i] / scale), 15)};
     const float error = group.error(values, count);
     if (error < least_error) best = group, least_error = error;
@@ -46,7 +46,7 @@ Group best_of(const float* values, int64_t count, const double* ratios, int64_t 
 
 template <int DTYPE>
 void run(const void* weight, int64_t rows, int64_t in_features, int64_t group_size, const double* ratios, int64_t tried,
-         uint8_t* codes, float* scale, uint8_t* zero_point, int threads) {
+         uint8_t* codes, uint16_t* scale, uint8_t* zero_point, int threads) {
   const int64_t groups = in_features / group_size;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < rows; row++) {
@@ -55,7 +55,7 @@ void run(const void* weight, int64_t rows, int64_t in_features, int64_t group_si
       const int64_t at = row * in_features + g * group_size;
       for (int64_t k = 0; k < group_size; k += 16) _mm512_storeu_ps(values + k, load<DTYPE>(weight, at + k));
       const Group group = best_of(values, group_size, ratios, tried);
-      scale[row * groups + g] = group.scale;
+      store<BFLOAT16>(scale, row * groups + g, 1, _mm512_set1_ps(group.scale));
       zero_point[row * groups + g] = (uint8_t)group.zero;
       for (int64_t k = 0; k < group_size; k += 16) {  // two codes a byte: the even one in the low half
         const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(group.codes(_mm512_loadu_ps(values + k))));
@@ -71,7 +71,7 @@ void run(const void* weight, int64_t rows, int64_t in_features, int64_t group_si
 // `group_size` is a multiple of 16 that divides in_features; of the ranges times `ratios`, that of the least squared
 // error is taken.
 extern "C" void autoplan_quantize_int4(const void* weight, int dtype, int64_t rows, int64_t in_features, int64_t group_size,
-                                       const double* ratios, int64_t tried, uint8_t* codes, float* scale,
+                                       const double* ratios, int64_t tried, uint8_t* codes, uint16_t* scale,
                                        uint8_t* zero_point, int threads) {
   const auto run_as = dtype == FLOAT32 ? run<FLOAT32> : dtype == BFLOAT16 ? run<BFLOAT16> : run<FLOAT16>;
   run_as(weight, rows, in_features, group_size, ratios, tried, codes, scale, zero_point, threads);

@@ -53,6 +53,8 @@ static inline __m256i narrow_bf16(__m512 value) {
 #endif
 }
 
+static inline float rounded_bf16(float value) { return _mm512_cvtss_f32(widen_bf16(narrow_bf16(_mm512_set1_ps(value)))); }
+
 template <int DTYPE>
 static inline __m256i narrow(__m512 value) {
   return DTYPE == BFLOAT16 ? narrow_bf16(value) : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);

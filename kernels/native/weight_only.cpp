@@ -6,10 +6,11 @@
 namespace {
 
 // How a kind of weight is decoded. A line is 64 bytes: LINE_K codes along in_features of each of 16 output channels.
-// `codes(line, j)` are the channels' j-th, as floats; `unit` times these floats is what they stand for.
+// `codes(line, j)` are the channels' j-th, as floats; `unit` times these floats is what they stand for;
+// their scales are of dtype SCALE.
 
 struct Int8Weight {
-  static constexpr int LINE_K = 4;
+  static constexpr int LINE_K = 4, SCALE = FLOAT32;
   static constexpr float unit = 1.0f / (1 << 24);
   static __m512 codes(__m512i line, int j) {  // each byte moved to the top of its lane: 2^24 times the code
     const __m512i top = _mm512_set1_epi32((int)0xff000000);
@@ -19,7 +20,7 @@ struct Int8Weight {
 };
 
 struct Int4Weight {
-  static constexpr int LINE_K = 8;
+  static constexpr int LINE_K = 8, SCALE = BFLOAT16;
   static constexpr float unit = 1;
   static __m512 codes(__m512i line, int j) {
     const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -29,12 +30,16 @@ struct Int4Weight {
 
 struct Weight {
   const char* lines;           // [out_features / 16, in_features / LINE_K, 64], padded
-  const float* scale;          // [out_features / 16, groups, 16]: beside each other what one pass over lines needs
+  const void* scale;           // [out_features / 16, groups, 16]: beside each other what one pass over lines needs
   const uint8_t* zero_point;   // the same, or null for zeros
   int64_t in_features, group_size;  // padded; group_size = in_features without groups
 
   int64_t groups() const { return in_features / group_size; }
-  __m512 scales(int64_t channel, int64_t g) const { return _mm512_loadu_ps(scale + (channel / 16 * groups() + g) * 16); }
+  template <class Kind>
+  __m512 scales(int64_t channel, int64_t g) const {
+    const __m512 scales = load<Kind::SCALE>(scale, (channel / 16 * groups() + g) * 16);
+    return _mm512_mul_ps(scales, _mm512_set1_ps(Kind::unit));
+  }
   __m512 zeros(int64_t channel, int64_t g) const {
     const __m128i codes = _mm_loadu_si128((const __m128i*)(zero_point + (channel / 16 * groups() + g) * 16));
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
@@ -71,7 +76,7 @@ void few(const float* x, int64_t stride, const float* group_sums, const Weight& 
     }
     for (int s = 0; s < STREAMS; s++) {
       const int64_t own = channel + s * apart * 16;
-      const __m512 scale = _mm512_mul_ps(w.scales(own, g), _mm512_set1_ps(Kind::unit));
+      const __m512 scale = w.scales<Kind>(own, g);
       for (int r = 0; r < ROWS; r++) {
         __m512 sum = _mm512_add_ps(even[s][r], odd[s][r]);
         if (w.zero_point) sum = _mm512_fnmadd_ps(w.zeros(own, g), _mm512_set1_ps(group_sums[r * groups + g]), sum);
@@ -111,7 +116,7 @@ template <class Kind>
 void dequantize(const Weight& w, int64_t channel, char* tiles) {
   const char* line = w.lines + channel / 16 * (w.in_features / Kind::LINE_K) * 64;
   for (int64_t g = 0; g * w.group_size < w.in_features; g++) {
-    const __m512 scale = _mm512_mul_ps(w.scales(channel, g), _mm512_set1_ps(Kind::unit));
+    const __m512 scale = w.scales<Kind>(channel, g);
     const __m512 offset = w.zero_point ? _mm512_mul_ps(w.zeros(channel, g), scale) : _mm512_setzero_ps();
     for (int64_t k = 0; k < w.group_size; k += Kind::LINE_K, line += 64) {
       const __m512i codes = _mm512_loadu_si512(line);
@@ -176,7 +181,7 @@ constexpr int64_t FEW_ROWS = 6;
 template <class Kind, int DTYPE>
 void run(const void* x, const Weight& w, Epilogue e, int64_t rows, int64_t in_features, int threads) {
   if (rows <= FEW_ROWS) return run_few<Kind, DTYPE>(x, w, e, rows, in_features, threads);
-  if (!w.zero_point) e.scale = w.scale, e.unit = Kind::unit;
+  if (!w.zero_point) e.scale = (const float*)w.scale, e.unit = Kind::unit;
   run_many<Kind, DTYPE>(x, w, e, rows, in_features, threads);
 }
 

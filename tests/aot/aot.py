@@ -44,7 +44,7 @@ def launches(kernel: TritonKernel, config: Config, m: int, n: int, k: int, dtype
         groups = k // (group_size or 32)
         stored = {
             "codes": torch.empty(n, k // 2, dtype=torch.uint8, device="meta"),
-            "scale": torch.empty(n, groups, device="meta"),
+            "scale": torch.empty(n, groups, dtype=torch.bfloat16, device="meta"),
             "zero_point": torch.empty(n, groups, dtype=torch.uint8, device="meta"),
         }
     else:

@@ -139,6 +139,7 @@ def test_int4_error_of_gaussian_weights(group_size: int, bound: float) -> None:
     stored = packing.quantize_int4(weight, group_size)
     assert relative_error(packing.dequantize(stored, torch.float32), weight) <= bound
     assert stored["codes"].dtype == stored["zero_point"].dtype == torch.uint8
+    assert stored["scale"].dtype == torch.bfloat16
 
 
 def test_nibbles_round_trip() -> None:

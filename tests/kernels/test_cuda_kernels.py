@@ -181,14 +181,15 @@ def test_int4_words_come_back_exactly(group_size: int, k_groups: int) -> None:
 def test_int4_words_are_laid_out_as_described() -> None:
     n, k, group_size = 3, 256, 32
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
-    scale, zero_point = torch.rand(n, k // group_size), torch.randint(0, 16, (n, k // group_size), dtype=torch.uint8)
+    scale = torch.rand(n, k // group_size).bfloat16()
+    zero_point = torch.randint(0, 16, (n, k // group_size), dtype=torch.uint8)
     stored = {"codes": packing.pack_nibbles(codes), "scale": scale, "zero_point": zero_point}
-    words, scales, rest = layouts.WORDS.pack(stored)
+    words, scales, groups = layouts.WORDS.pack(stored)
     for chunk, row, j, i in itertools.product(range(2), range(n), range(16), range(8)):
         assert int(words[chunk, row, j]) >> 4 * i & 15 == codes[row, 128 * chunk + 16 * i + j]
     assert torch.equal((scales & 15).t(), zero_point.int())
-    torch.testing.assert_close(scales.view(torch.float32).t(), scale, rtol=2**-19, atol=0)
-    assert rest.max() < 16
+    torch.testing.assert_close(scales.view(torch.float32).t(), scale.float(), rtol=2**-19, atol=0)
+    assert len(groups) == k // group_size
 
 
 def test_tinygemm_unpacks_by_products_with_unit_rows(monkeypatch: pytest.MonkeyPatch) -> None:

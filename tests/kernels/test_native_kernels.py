@@ -120,7 +120,7 @@ def test_int4_weights_lose_what_int8_ones_would() -> None:
     kernel, x = find_kernel("fused_int4"), torch.randint(-127, 128, (40, 256)).float()
     x[:, 0] = 127
     codes, zero_point = torch.randint(0, 256, (48, 128), dtype=torch.uint8), torch.full((48, 4), 7, dtype=torch.uint8)
-    stored = {"codes": codes, "scale": torch.rand(48, 4) + 0.1, "zero_point": zero_point}
+    stored = {"codes": codes, "scale": (torch.rand(48, 4) + 0.1).bfloat16(), "zero_point": zero_point}
     y = kernel.run(x, kernel.layout.pack(stored), None, torch.float32)
     steps, weight = stored["scale"].amax(dim=1) * (15 - 7) / 127, packing.dequantize(stored, torch.float64)
     rounding = float((steps.square().mean() / 12 / weight.square().mean()).sqrt())
