@@ -26,7 +26,7 @@ from autoplan.errors import AutoplanError
 from autoplan.recorder import ModelInput, device_of_model, eagerly
 from autoplan.records import Estimate
 
-OutputPicker = Callable[[Any], Tensor]
+OutputPicker = Callable[[Any], Tensor | Mapping[str, Tensor]]
 
 _SAMPLES = (16, 64, 64)  # at most, for scoring, validation and the final figures
 
@@ -142,19 +142,20 @@ def call(model: nn.Module, model_input: ModelInput) -> Any:
 def main_output(result: Any, picker: OutputPicker | None = None) -> tuple[Tensor, bool]:
     """The output that is judged, and whether it is logits: `.logits`, else the first floating tensor.
 
+    A picker may return a tensor, which is judged as no logits, or {"logits": tensor}.
     Logits are [batch, classes] or [batch, tokens, classes] with several classes: of any other `.logits` (a score per
     sample, an image of classes) the relative squared error is taken.
 
     Raises AutoplanError when there is none, or when the user's `output=` callable returns something else.
     """
-    if picker is not None:
-        picked = picker(result)
-        if not isinstance(picked, Tensor) or not picked.is_floating_point():
-            raise AutoplanError(f"output= must return a floating tensor, and returned {type(picked).__name__}")
-        return picked, False
+    result = result if picker is None else picker(result)
     logits = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
-    if isinstance(logits, Tensor):
+    if isinstance(logits, Tensor) and logits.is_floating_point():
         return logits, logits.dim() in (2, 3) and logits.shape[-1] > 1
+    if picker is not None and not (isinstance(result, Tensor) and result.is_floating_point()):
+        raise AutoplanError(
+            f'output= must return a floating tensor, or {{"logits": tensor}}, and returned {type(result).__name__}'
+        )
     for leaf in tree_leaves(result):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return leaf, False

@@ -99,7 +99,8 @@ def autoplan(
         include, exclude: fnmatch globs on layer names; exclude wins.
         pin: {glob: candidate}, forced on the layers that match, however slow (but never below 10 dB SQNR).
         groups: each item a glob, or several, whose layers must get one candidate.
-        output: picks the output tensor that the divergence is measured on.
+        output: picks the output tensor that the divergence is measured on. Of a model that returns logits as a plain
+            tensor, `lambda y: {"logits": y}` says so.
         loss: `callable(what the model returns) -> Tensor`, one number, a mean over tokens or samples: harm is predicted
             from its gradient (the empirical Fisher) instead of labels drawn from the model's own output.
         evaluate: `callable(model) -> float`, higher is better, or `(callable, tolerance)`: the last judge of the plan.

@@ -158,9 +158,10 @@ def test_the_main_output() -> None:
         assert found is y
         assert not is_logits
     assert main_output({"a": y, "b": z}, lambda result: result["b"]) == (z, False)
+    assert main_output(y, lambda result: {"logits": result}) == (y, True)
     with pytest.raises(AutoplanError, match="returned dict with no floating tensor"):
         main_output({"ids": torch.ones(2, dtype=torch.int64)})
-    for wrong in (3, torch.ones(2, dtype=torch.int64), None):
+    for wrong in (3, torch.ones(2, dtype=torch.int64), None, {"logits": 3}, {"a": y}):
         with pytest.raises(AutoplanError, match="output= must return a floating tensor"):
             main_output(y, lambda result, wrong=wrong: wrong)
 

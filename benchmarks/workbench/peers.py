@@ -303,6 +303,10 @@ def plan_cache() -> PlanCache:
     return PlanCache()
 
 
+def as_logits(output: Tensor) -> dict[str, Tensor]:
+    return {"logits": output}
+
+
 def autoplan(budget: str, dtype: torch.dtype | None = None) -> Make:
     """One plan for all scenarios."""
 
@@ -313,7 +317,10 @@ def autoplan(budget: str, dtype: torch.dtype | None = None) -> Make:
                 with recording.workload(scenario.name, weight=scenario.weight):
                     for inputs in scenario.calibration:
                         model(**inputs)
-        plan = make_plan(model, recording, budget=budget, cache=plan_cache(), compiled=work.compiled, progress=False)
+        plan = make_plan(
+            model, recording, budget=budget, cache=plan_cache(), compiled=work.compiled, progress=False,
+            output=as_logits if work.returns_logits else None,
+        )  # fmt: skip
         apply_plan(model, plan, weights="skip")
         chosen = [layer.chosen for layer in plan.layers]
         about = ", ".join(f"{name} {chosen.count(name)}" for name in sorted(set(chosen)))

@@ -45,6 +45,7 @@ class Workload:
     accuracy: Callable[[Scenario, Sequence[Tensor], Sequence[Tensor]], Accuracy]  # the first figure is the divergence
     together: int = 16  # peers that are in memory, and raced, at once
     compiled: bool = True  # False: nothing is, not even what is called so, and what is measured means nothing
+    returns_logits: bool = False
 
 
 # --- how well a model answers: (scenario, the float32 model's outputs, its outputs) ---
@@ -213,7 +214,7 @@ def language_model(quick: bool) -> Workload:
         )
         for name, shape, weight in [("prefill 4 x 128", (4, 128), 1.0), ("decode 1", (1, 1), 128.0)]
     ]  # fmt: skip
-    return Workload("language-model", "language-model", torch.float32, load, scenarios, perplexity)
+    return Workload("language-model", "language-model", torch.float32, load, scenarios, perplexity, returns_logits=True)
 
 
 def decoder(quick: bool) -> Workload:
@@ -243,7 +244,9 @@ def decoder(quick: bool) -> Workload:
             ("prefill 256", 1, 32 if quick else 256, 2, 1.0),
         ]
     ]
-    return Workload("decoder", "decoder", torch.bfloat16, seeded(make), scenarios, logits, together=3)
+    return Workload(
+        "decoder", "decoder", torch.bfloat16, seeded(make), scenarios, logits, together=3, returns_logits=True
+    )
 
 
 def vit(quick: bool) -> Workload:
