@@ -257,9 +257,67 @@ void run_few(const void* x, const Weight& w, Epilogue e, int64_t rows, int64_t i
   multiply_few<DTYPE, 8, 2>(e, rows, threads, multiplied);
 }
 
+#ifdef __AMX_INT8__
+
+// A panel times STREAMS columns, on tiles: sums are in 0 to 3, activations in 4, weights in 5.
+template <int STREAMS>
+void multiply_panel(const char* panel, const Int8Weight& w, int64_t column, int64_t apart, int32_t (*sums)[16][16]) {
+  const int64_t column_bytes = w.strip_bytes / 2;
+  const char* own = w.tiles + column * column_bytes;
+  apart *= column_bytes;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < column_bytes; k += TILE) {
+    _tile_loadd(4, panel + k, 64);
+    for (int s = 0; s < STREAMS; s++)
+      for (int64_t line = 0; line < TILE; line += 64) _mm_prefetch(own + s * apart + k + AHEAD + line, _MM_HINT_T0);
+    _tile_loadd(5, own + k, 64);
+    _tile_dpbssd(0, 4, 5);
+    if (STREAMS < 4) continue;
+    _tile_loadd(6, own + apart + k, 64);
+    _tile_loadd(7, own + 2 * apart + k, 64);
+    _tile_loadd(5, own + 3 * apart + k, 64);
+    _tile_dpbssd(1, 4, 6);
+    _tile_dpbssd(2, 4, 7);
+    _tile_dpbssd(3, 4, 5);
+  }
+  _tile_stored(0, sums[0], 64);
+  if (STREAMS < 4) return;
+  _tile_stored(1, sums[1], 64);
+  _tile_stored(2, sums[2], 64);
+  _tile_stored(3, sums[3], 64);
+}
+
+template <int DTYPE>
+void run_panel(const void* x, const Int8Weight& w, Epilogue e, int64_t rows, int64_t in_features, int threads) {
+  char* const panel = scratch(w.strip_bytes / 2 + rows * 4);
+  float* const row_scale = (float*)(panel + w.strip_bytes / 2);
+  for (int64_t r = 0; r < rows; r++)
+    quantize<DTYPE, false>(x, r, in_features, panel + r * 64, TILE, 0, row_scale + r);
+  e.row_scale = row_scale;
+  by_columns<4>(e, threads, [&](auto streams, int64_t column, int64_t apart) {
+    constexpr int STREAMS = decltype(streams)::value;
+    alignas(64) int32_t sums[STREAMS][16][16];
+    product_begin();
+    multiply_panel<STREAMS>(panel, w, column, apart, sums);
+    product_end();
+    for (int s = 0; s < STREAMS; s++)
+      store_column<DTYPE>(e, 0, rows, rows, column + s * apart,
+                          [&](int64_t r) { return _mm512_cvtepi32_ps(_mm512_load_si512(sums[s][r])); });
+  });
+}
+
+#endif
+
 template <class Weight, int DTYPE>
 void run(const void* x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
   if (rows <= Weight::FEW_ROWS) return run_few<Weight, DTYPE>(x, w, e, rows, in_features, threads);
+#ifdef __AMX_INT8__
+  if constexpr (!Weight::dealt)
+    if (rows <= 16) return run_panel<DTYPE>(x, w, e, rows, in_features, threads);
+#endif
   run_many<Weight, DTYPE>(x, w, e, rows, in_features, threads);
 }
 

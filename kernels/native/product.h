@@ -213,39 +213,52 @@ struct Column {
 // apart, total)` gives the products of `count` rows with them: total[streams][count], a vector each.
 constexpr int64_t AHEAD = 2048;  // bytes
 
+// `count` rows of 16 output channels, of which `product(r)` is what there is of the r-th.
+template <int DTYPE, class Product>
+static inline void store_column(const Epilogue& e, int64_t row, int64_t count, int64_t rows, int64_t column, const Product& product) {
+  const int64_t channel = column * 16;
+  const Column to(e, rows, channel, bytes_of(DTYPE));
+  const __mmask16 mask = lanes(e.out_features - channel);
+  const __m512 bias = e.bias ? load(e.bias_dtype, e.bias, channel, mask) : _mm512_setzero_ps();
+  const __m512 scale = scale_of(e, channel, mask);
+  for (int64_t r = 0; r < count; r++) {
+    const __m512 row_scale = _mm512_set1_ps(e.row_scale ? e.row_scale[row + r] : 1);
+    const __m512 y = _mm512_fmadd_ps(_mm512_mul_ps(product(r), row_scale), scale, bias);
+    store<DTYPE>(to.y + (row + r) * to.line, 0, mask, e.activation ? activated(y, e.activation) : y);
+  }
+}
+
 template <int DTYPE, int COUNT, int STREAMS, class Sums>
 static inline void multiply_columns(const Epilogue& e, int64_t row, int64_t rows, int64_t column, int64_t apart, const Sums& sums) {
   for (; row + COUNT <= rows; row += COUNT) {
     __m512 total[STREAMS][COUNT];
     sums(std::integral_constant<int, COUNT>(), std::integral_constant<int, STREAMS>(), row, column, apart, total);
-    for (int s = 0; s < STREAMS; s++) {
-      const int64_t channel = (column + s * apart) * 16;
-      const Column to(e, rows, channel, bytes_of(DTYPE));
-      const __mmask16 mask = lanes(e.out_features - channel);
-      const __m512 bias = e.bias ? load(e.bias_dtype, e.bias, channel, mask) : _mm512_setzero_ps();
-      const __m512 scale = scale_of(e, channel, mask);
-      for (int r = 0; r < COUNT; r++) {
-        const __m512 row_scale = _mm512_set1_ps(e.row_scale ? e.row_scale[row + r] : 1);
-        const __m512 y = _mm512_fmadd_ps(_mm512_mul_ps(total[s][r], row_scale), scale, bias);
-        store<DTYPE>(to.y + (row + r) * to.line, 0, mask, e.activation ? activated(y, e.activation) : y);
-      }
-    }
+    for (int s = 0; s < STREAMS; s++)
+      store_column<DTYPE>(e, row, COUNT, rows, column + s * apart, [&](int64_t r) { return total[s][r]; });
   }
   if constexpr (COUNT > 1)
     if (row < rows) multiply_columns<DTYPE, COUNT / 2, STREAMS>(e, row, rows, column, apart, sums);
 }
 
-// Each thread takes output channels, and reads their weights once for COUNT rows or fewer.
-template <int DTYPE, int COUNT, int STREAMS, class Sums>
-static inline void multiply_few(const Epilogue& e, int64_t rows, int threads, const Sums& sums) {
+// Each thread takes output channels, STREAMS columns at a time: `multiplied(streams, column, apart)`.
+template <int STREAMS, class Multiplied>
+static inline void by_columns(const Epilogue& e, int threads, const Multiplied& multiplied) {
   const int64_t columns = ceil_div(e.out_features, 16);
 #pragma omp parallel num_threads(threads)
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
     const int64_t first = columns * thread / team, end = columns * (thread + 1) / team, apart = (end - first) / STREAMS;
-    for (int64_t c = first; c < first + apart; c++) multiply_columns<DTYPE, COUNT, STREAMS>(e, 0, rows, c, apart, sums);
-    for (int64_t c = first + apart * STREAMS; c < end; c++) multiply_columns<DTYPE, COUNT, 1>(e, 0, rows, c, 0, sums);
+    for (int64_t c = first; c < first + apart; c++) multiplied(std::integral_constant<int, STREAMS>(), c, apart);
+    for (int64_t c = first + apart * STREAMS; c < end; c++) multiplied(std::integral_constant<int, 1>(), c, 0);
   }
+}
+
+// Weights are read once for COUNT rows or fewer.
+template <int DTYPE, int COUNT, int STREAMS, class Sums>
+static inline void multiply_few(const Epilogue& e, int64_t rows, int threads, const Sums& sums) {
+  by_columns<STREAMS>(e, threads, [&](auto streams, int64_t column, int64_t apart) {
+    multiply_columns<DTYPE, COUNT, decltype(streams)::value>(e, 0, rows, column, apart, sums);
+  });
 }
 
 constexpr int64_t STREAMED = 512 << 10;  // bytes of output that leave nothing else in the second-level cache
