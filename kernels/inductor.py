@@ -8,6 +8,9 @@ functions apart by then. What a function looks like is found by having it taken 
 Pieces: the product of siblings is written piece by piece, each with its bias, as each layer would have written its own.
 Otherwise it would be read and written again to have pieces that are contiguous and have a bias.
 
+Pairs: where all that a layer gives, after its activation, is given to another layer, a kernel may run both in one call,
+rows by rows, so that what lies between them is not written to memory and read again.
+
 The call: the graph calls the kernel itself, not the op, whose way through torch's dispatcher and back takes longer than
 the product of a small layer; and where it writes is memory that Inductor has planned, with the rest of the graph.
 
@@ -20,17 +23,18 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
 
 from autoplan.kernels import ops
 
-_LINEAR = torch.ops.autoplan.linear.default
+_LINEAR, _PAIR = torch.ops.autoplan.linear.default, torch.ops.autoplan.pair.default
 _RESHAPES = (torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 _POST_GRAD = "torch._inductor.fx_passes.post_grad"
 _logger = logging.getLogger(__name__)
@@ -70,7 +74,8 @@ def _rewrite_graphs() -> None:
     def replace(match: Any, *_: Any) -> None:
         layer = match.output_node()
         fuse(layer)
-        split(layer)
+        if not join(layer):
+            split(layer)
 
 
 def _output(layer: fx.Node) -> fx.Node:
@@ -178,11 +183,7 @@ def split(layer: fx.Node) -> None:
     if any(piece.size % _STRIP for piece in pieces):
         return
 
-    def call(target: Any, *args: Any) -> fx.Node:
-        node = layer.graph.call_function(target, args)
-        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
-        return node
-
+    call = functools.partial(_call, layer.graph)
     aten = torch.ops.aten
     with layer.graph.inserting_before(layer):
         held = [layer.graph.node_copy(node) if node.op == "get_attr" else node for node in biases]
@@ -200,6 +201,13 @@ def split(layer: fx.Node) -> None:
     if output is not layer:
         layer.graph.erase_node(output)
     layer.graph.erase_node(layer)
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """A new node of the graph, which knows what it gives."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    return node
 
 
 def _piece(use: fx.Node) -> _Piece | None:
@@ -221,6 +229,40 @@ def _piece(use: fx.Node) -> _Piece | None:
     return found._replace(bias=bias) if bias.meta["val"].shape == value.shape[-1:] else None
 
 
+# Pairs.
+
+
+def join(layer: fx.Node) -> bool:
+    """Have a layer and the one that is given all of its output run in one call, if a kernel can and it pays."""
+    chain = [layer]  # and its output in other shapes
+    while len(chain[-1].users) == 1 and (use := next(iter(chain[-1].users))).target in _RESHAPES:
+        chain.append(use)
+    then = next(iter(chain[-1].users))
+    if len(chain[-1].users) > 1 or then.target is not _LINEAR or then.args[0] is not chain[-1]:
+        return False
+    x, packed, bias, program, _, dtype, activation, _ = cast("Any", layer.args)
+    _, then_packed, then_bias, then_program, features, then_dtype, then_activation, pieces = cast("Any", then.args)
+    value = layer.meta["val"]
+    rows = value.shape[0]
+    if not isinstance(rows, int) or {x.meta["val"].dtype, dtype, then_dtype} != {dtype}:
+        return False
+    if then_activation != "none" or pieces or chain[-1].meta["val"].shape != value.shape:
+        return False
+    (kernel, own), (then_kernel, then_own) = ops.step(program, rows), ops.step(then_program, rows)
+    held = [*packed[own], *then_packed[then_own]]
+    if kernel.pair is None or kernel is not then_kernel or len(held) != 2:
+        return False
+    sizes = [math.prod(node.meta["val"].shape) * node.meta["val"].itemsize for node in held]
+    if not all(isinstance(size, int) for size in sizes) or not kernel.pair.pays(rows, sum(sizes)):
+        return False
+    with then.graph.inserting_before(then):
+        arguments = (x, held[0], bias, activation, held[1], then_bias, kernel.name, features)
+        then.replace_all_uses_with(_call(then.graph, _PAIR, *arguments))
+    for node in (then, *reversed(chain)):
+        node.graph.erase_node(node)
+    return True
+
+
 # Calls.
 
 
@@ -229,6 +271,7 @@ def _call_directly() -> None:
     from torch._inductor.virtualized import V
 
     as_op = lowering.fallback_handler(_LINEAR, add_to_fallback_set=False)
+    pair_as_op = lowering.fallback_handler(_PAIR, add_to_fallback_set=False)
 
     class Direct:
         def codegen(self, wrapper: Any) -> None:
@@ -266,7 +309,21 @@ def _call_directly() -> None:
             call = Returning(layout, inputs, (), settings, "autoplan_inductor.linear")
         return ir.TensorBox.create(call)
 
+    def lower_pair(
+        x: Any, packed: Any, bias: Any, activation: str, then: Any, then_bias: Any, kernel: str, out_features: int
+    ) -> Any:
+        x = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
+        if V.graph.cpp_wrapper or x.get_device().type != "cpu":
+            return pair_as_op(x, packed, bias, activation, then, then_bias, kernel, out_features)
+        layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [x.get_size()[0], out_features])
+        biases = [tensor for tensor in (bias, then_bias) if tensor is not None]
+        inputs = [ir.ExternKernel.realize_input(tensor) for tensor in (x, packed, then, *biases)]
+        has_biases = (bias is not None, then_bias is not None)
+        settings = {"has_biases": has_biases, "activation": activation, "kernel": kernel}
+        return ir.TensorBox.create(Into(layout, inputs, (), settings, None, "autoplan_inductor.pair_into"))
+
     lowering.register_lowering(_LINEAR, type_promotion_kind=None)(lower)
+    lowering.register_lowering(_PAIR, type_promotion_kind=None)(lower_pair)
 
 
 # What the code that Inductor writes calls. It keeps that code: whoever changes what these take changes their names.
@@ -299,3 +356,19 @@ def linear(
     """`ops.run_linear`, with the bias, if there is one, before the packed tensors."""
     bias, packed = (tensors[0], tensors[1:]) if has_bias else (None, tensors)
     return ops.run_linear(x, packed, bias, program, out_features, dtype, activation, pieces)
+
+
+def pair_into(
+    x: Tensor,
+    packed: Tensor,
+    then: Tensor,
+    *biases: Tensor,
+    has_biases: tuple[bool, bool],
+    activation: str,
+    kernel: str,
+    out: Tensor,
+) -> None:
+    """`ops.run_pair_into`, with the biases that there are after the packed tensors."""
+    left = iter(biases)
+    bias, then_bias = (next(left) if has else None for has in has_biases)
+    ops.run_pair_into(x, packed, bias, activation, then, then_bias, kernel, out)

@@ -9,6 +9,7 @@ import bisect
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,18 @@ class Layout:
         )
 
 
+class Pair(NamedTuple):
+    """How a kernel runs two layers in one call, the second on what the first one gives.
+
+    `into(x, packed, bias, activation, then, then_bias, out)` takes weight, bias and activation of the first layer, and
+    weight and bias of the second; x and out have one dtype. `pays(rows, nbytes)` says whether that is faster than two
+    calls, where both weights take so many bytes.
+    """
+
+    into: Callable[[Tensor, Tensor, Tensor | None, str, Tensor, Tensor | None, Tensor], None]
+    pays: Callable[[int, int], bool]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One implementation of a linear layer: how it holds the weight, and how it runs.
@@ -77,6 +90,8 @@ class Kernel:
     `into(x, packed, bias, out, activation, pieces)`, where a kernel has it, writes what `run` returns into `out`, after
     the function that ACTIVATIONS has under that name. If it gets the sizes of `pieces`, multiples of 32 that sum up to
     out_features, each piece of so many features lies in `out` by itself, contiguous, one after another.
+
+    `pair`, where a kernel has it, writes what two layers give, one after the other; their weights are one tensor each.
 
     A kernel made for few rows says in `most_rows` up to how many; it runs more, but dequantizing the weight is faster.
 
@@ -93,6 +108,7 @@ class Kernel:
     run: Run
     inline: Run | None = None
     into: Into | None = None
+    pair: Pair | None = None
     most_rows: int | None = None
     variants: Callable[[LinearSpec, int], Sequence[str]] | None = None
     configured: Callable[[str], Run] | None = None
@@ -185,7 +201,7 @@ def unpack_program(program: str, packed: Packed) -> Canonical:
     return kernels[0].layout.unpack(packed[slices[0]])
 
 
-def _step(program: str, rows: int) -> tuple[Kernel, slice]:
+def step(program: str, rows: int) -> tuple[Kernel, slice]:
     """The kernel that runs so many rows, and where among the packed tensors it finds its own."""
     thresholds, kernels, slices = parse_program(program)
     i = max(bisect.bisect_right(thresholds, rows) - 1, 0) if len(thresholds) > 1 else 0
@@ -199,7 +215,7 @@ def writes_in_place(program: str) -> bool:
 
 def kernel_at(program: str, rows: int) -> Kernel:
     """The kernel that `program` names for this many rows."""
-    return _step(program, rows)[0]
+    return step(program, rows)[0]
 
 
 def run_linear(
@@ -217,7 +233,7 @@ def run_linear(
     [rows, out_features]; with `pieces`, in that shape and memory, [rows, size] for each of the sizes one after another.
     """
     rows = x.shape[0]
-    kernel, own = _step(program, rows)
+    kernel, own = step(program, rows)
     if rows and kernel.into is None:
         y = ACTIVATIONS[activation](kernel.run(x, packed[own], bias, dtype))
         return torch.cat([piece.flatten() for piece in y.split(list(pieces), 1)]).view_as(y) if pieces else y
@@ -238,7 +254,7 @@ def run_linear_into(
 ) -> None:
     """The same, into `out` [rows, out_features], where the program `writes_in_place`."""
     if rows := x.shape[0]:
-        kernel, own = _step(program, rows)
+        kernel, own = step(program, rows)
         if kernel.into is None:
             raise KernelError(f"kernel {kernel.name!r} does not write into an output that it is given")
         kernel.into(x, packed[own], bias, out, activation, tuple(pieces))
@@ -283,6 +299,47 @@ define_op(
     "str activation, int[] pieces) -> Tensor",
     run_linear,
     _linear_fake,
+)
+
+
+def run_pair_into(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    then: Tensor,
+    then_bias: Tensor | None,
+    kernel: str,
+    out: Tensor,
+) -> None:
+    """Into `out`, what the layer `then` gives of what the first layer and its activation give of `x`."""
+    pair = find_kernel(kernel).pair
+    if pair is None:
+        raise KernelError(f"kernel {kernel!r} does not run two layers in one call")
+    if x.shape[0]:
+        pair.into(x, packed, bias, activation, then, then_bias, out)
+
+
+def _pair(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    then: Tensor,
+    then_bias: Tensor | None,
+    kernel: str,
+    out_features: int,
+) -> Tensor:
+    out = x.new_empty((x.shape[0], out_features))
+    run_pair_into(x, packed, bias, activation, then, then_bias, kernel, out)
+    return out
+
+
+define_op(
+    "pair(Tensor x, Tensor packed, Tensor? bias, str activation, Tensor then, Tensor? then_bias, str kernel, "
+    "int out_features) -> Tensor",
+    _pair,
+    lambda x, *others: x.new_empty((x.shape[0], others[-1])),
 )
 
 

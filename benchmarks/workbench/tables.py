@@ -21,11 +21,13 @@ _ABOUT = ("device", "threads", "date")
 
 def read(folder: Path) -> dict[str, list[Row]]:
     """The rows of every table that was written to `folder`, in its own order."""
-    found = {}
-    for path in sorted(folder.glob("scoreboard-*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            found[path.stem.removeprefix("scoreboard-")] = list(csv.DictReader(file))
-    return found
+    paths = sorted(folder.glob("scoreboard-*.csv"))
+    return {path.stem.removeprefix("scoreboard-"): read_rows(path) for path in paths}
+
+
+def read_rows(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def write_page(folder: Path, pictured: Sequence[str]) -> None:
@@ -48,17 +50,17 @@ def write_page(folder: Path, pictured: Sequence[str]) -> None:
 def markdown(rows: Sequence[Row]) -> str:
     """One scenario's table, the fastest first; last those that answer with garbage, and those that did not run."""
     figures = [key for key in _ACCURACY if any(row.get(key) for row in rows)]
-    ordered = sorted(rows, key=lambda row: (not _answers(row), -float(row.get("speedup") or 0)))
+    ordered = sorted(rows, key=lambda row: (not answers(row), -float(row.get("speedup") or 0)))
     lines = [
         [
             row["peer"],
-            _number(row.get("ms"), ".3g"),
-            _interval(row, "speedup"),
-            *(_number(row.get(figure), ".4g") for figure in figures),
-            _number(row.get("mib"), ".1f"),
-            _number(row.get("setup_s"), ".0f"),
-            _interval(row, "ours"),
-            "; ".join(filter(None, (row.get("note"), "" if _answers(row) else "its output is garbage"))),
+            number(row.get("ms"), ".3g"),
+            interval(row, "speedup"),
+            *(number(row.get(figure), ".4g") for figure in figures),
+            number(row.get("mib"), ".1f"),
+            number(row.get("setup_s"), ".0f"),
+            interval(row, "ours"),
+            "; ".join(filter(None, (row.get("note"), "" if answers(row) else "its output is garbage"))),
         ]
         for row in ordered
     ]
@@ -66,16 +68,16 @@ def markdown(rows: Sequence[Row]) -> str:
     return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
 
 
-def _answers(row: Row) -> bool:
+def answers(row: Row) -> bool:
     """Whether what it computes has to do with the model; what did not run is not asked."""
     return float(row.get("divergence") or 0) < GARBAGE
 
 
-def _number(value: Any, form: str) -> str:
+def number(value: Any, form: str) -> str:
     return "" if value in (None, "") else format(float(value), form)
 
 
-def _interval(row: Row, key: str) -> str:
+def interval(row: Row, key: str) -> str:
     if row.get(key) in (None, ""):
         return ""
     low, high = (row.get(f"{key}_{side}") for side in ("low", "high"))
@@ -93,7 +95,7 @@ def picture(path: Path, tables: Mapping[str, Sequence[Row]]) -> None:
     panels: dict[str, list[Row]] = {}
     for name, rows in tables.items():
         for row in rows:
-            if row.get("speedup") and row.get("divergence") and _answers(row):
+            if row.get("speedup") and row.get("divergence") and answers(row):
                 panels.setdefault(f"{name}: {row['scenario']}", []).append(row)
     if not panels:
         return

@@ -160,13 +160,40 @@ def _array(sizes: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(sizes))(*sizes)
 
 
-def _register(name: str, layout: ops.Layout, function: str, canonical: Callable[[Tensor], Canonical]) -> None:
+def _pair_into(
+    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str, then: Tensor, then_bias: Tensor | None, out: Tensor
+) -> None:
+    bias_at, bias_dtype = _of_bias(bias)
+    then_bias_at, then_bias_dtype = _of_bias(then_bias)
+    library().autoplan_int8_pair(
+        x.data_ptr(), packed.data_ptr(), bias_at, _ACTIVATIONS[activation], then.data_ptr(), then_bias_at,
+        out.data_ptr(), x.shape[0], _CODES[x.dtype], bias_dtype, then_bias_dtype, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _pair_pays(rows: int, nbytes: int) -> bool:
+    """Both weights stay in a core's second-level cache, and each thread has four blocks of 32 rows or more."""
+    return nbytes <= 0.75 * int(library().autoplan_cache_bytes()) and rows >= 4 * 32 * torch.get_num_threads()
+
+
+def _of_bias(bias: Tensor | None) -> tuple[int | None, int]:
+    """Where it is, and its dtype's code."""
+    return (None, 0) if bias is None else (bias.data_ptr(), _CODES[bias.dtype])
+
+
+def _register(
+    name: str,
+    layout: ops.Layout,
+    function: str,
+    canonical: Callable[[Tensor], Canonical],
+    pair: ops.Pair | None = None,
+) -> None:
     def into(
         x: Tensor, packed: ops.Packed, bias: Tensor | None, out: Tensor, activation: str, pieces: tuple[int, ...] = ()
     ) -> None:
         if x.dtype is not out.dtype:
             x = x.to(out.dtype)
-        bias_at, bias_dtype = (None, 0) if bias is None else (bias.data_ptr(), _CODES[bias.dtype])
+        bias_at, bias_dtype = _of_bias(bias)
         getattr(library(), function)(
             x.data_ptr(), packed[0].data_ptr(), bias_at, out.data_ptr(), x.shape[0], _CODES[out.dtype], bias_dtype,
             _ACTIVATIONS[activation], _array(pieces) if pieces else None, torch.get_num_threads(),
@@ -195,7 +222,9 @@ def _register(name: str, layout: ops.Layout, function: str, canonical: Callable[
         return None
 
     ops.register_kernel(
-        ops.Kernel(name=name, devices=("cpu",), layout=layout, supports=supports, probe=probe, run=run, into=into)
+        ops.Kernel(
+            name=name, devices=("cpu",), layout=layout, supports=supports, probe=probe, run=run, into=into, pair=pair
+        )
     )
 
 
@@ -203,7 +232,9 @@ def _quantize_int8(weight: Tensor) -> Canonical:
     return quantize_per_channel(weight, torch.int8)
 
 
-_register("fused_int8", _INT8_TILES, "autoplan_int8_dynamic", _quantize_int8)
+_register(
+    "fused_int8", _INT8_TILES, "autoplan_int8_dynamic", _quantize_int8, ops.Pair(into=_pair_into, pays=_pair_pays)
+)
 _register("fused_int4", _INT4_LINES, "autoplan_int4_dynamic", lambda weight: quantize_int4(weight, 32))
 _register("tiled_int8", _INT8_TILES, "autoplan_int8_weight", _quantize_int8)
 _register("tiled_int4", _INT4_LINES, "autoplan_int4_weight", lambda weight: quantize_int4(weight, 32))

@@ -26,6 +26,8 @@ _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _KERNELS = ("autoplan_int8_dynamic", "autoplan_int4_dynamic", "autoplan_int8_weight", "autoplan_int4_weight")
 # Of a kernel: x, packed, bias, out; rows; dtype of x, dtype of the bias, activation; sizes of the pieces; threads
 _KERNEL_TAKES = (_P, _P, _P, _P, _N, _I, _I, _I, _P, _I)
+# x; packed, bias and activation of the first layer; packed, bias of the second; out; rows; dtypes of x, biases; threads
+_PAIR_TAKES = (_P, _P, _P, _I, _P, _P, _P, _N, _I, _I, _I, _I)
 # The weight, its dtype, rows, in_features, group size; ratios and their count; codes, scale, zero point; threads
 _QUANTIZE_TAKES = (_P, _I, _N, _N, _N, _P, _N, _P, _P, _P, _I)
 
@@ -39,9 +41,11 @@ def library(*flags: str) -> ctypes.CDLL:
     if missing := {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"} - features:
         raise KernelError(f"this CPU lacks {', '.join(sorted(missing))}")
     loaded = ctypes.CDLL(str(_binary(features, flags)))
-    for name, takes in {**dict.fromkeys(_KERNELS, _KERNEL_TAKES), "autoplan_quantize_int4": _QUANTIZE_TAKES}.items():
+    others = {"autoplan_int8_pair": _PAIR_TAKES, "autoplan_quantize_int4": _QUANTIZE_TAKES}
+    for name, takes in {**dict.fromkeys(_KERNELS, _KERNEL_TAKES), **others}.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = takes, None
+    loaded.autoplan_cache_bytes.restype = _N
     if not loaded.autoplan_available():
         raise KernelError("the operating system does not grant the AMX tile registers")
     return loaded

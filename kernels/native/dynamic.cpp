@@ -1,6 +1,7 @@
 // int8 activations, int8 or int4 weights, in one call: rows quantized as they come, int32 product, scales and bias at its
 // end. int4 weights become int8 ones strip by strip, on the way.
 #include <omp.h>
+#include <unistd.h>
 #include "product.h"
 
 namespace {
@@ -58,6 +59,11 @@ struct Int8Weight {
     return tiles + s * strip_bytes;
   }
 };
+
+Int8Weight int8_weight(const Packed& packed) {
+  const int64_t strip_bytes = ceil_div(packed.in_features, 64) * 2 * TILE;
+  return {packed.codes(), (const int32_t*)packed.offset(), strip_bytes, (const float*)packed.scale()};
+}
 
 // An int4 weight stands for scale * (code - zero_point), with a scale per group; the int8 tiles have one scale for all of
 // a channel. Rounding to these adds about as much error as int8 weights have, a hundredth of what int4 has already.
@@ -321,6 +327,52 @@ void run(const void* x, const Weight& w, const Epilogue& e, int64_t rows, int64_
   run_many<Weight, DTYPE>(x, w, e, rows, in_features, threads);
 }
 
+constexpr int64_t BETWEEN = 448 << 10;  // bytes of what lies between two layers that stay in the second-level cache
+
+// Two layers, one after the other: each thread takes rows through both, a group at a time, so that what lies between
+// them neither leaves its caches nor waits for the other threads.
+template <int DTYPE>
+void run_pair(const void* x, const Packed& first, const Packed& second, Epilogue e, Epilogue after, int64_t rows, int threads) {
+  const Int8Weight weights[2] = {int8_weight(first), int8_weight(second)};
+  const int64_t between = first.out_features, line = between * bytes_of(DTYPE), blocks = ceil_div(rows, BLOCK_ROWS);
+  const int64_t steps[2] = {ceil_div(first.in_features, 64), ceil_div(between, 64)};
+  const int64_t most = BETWEEN / (BLOCK_ROWS * line), group = most > 1 ? most : 1;
+  const int64_t codes_bytes = group * 2 * TILE * (steps[0] > steps[1] ? steps[0] : steps[1]);
+  const int64_t own_bytes = ceil_div(codes_bytes + group * BLOCK_ROWS * line, 64) * 64;
+  char* const shared = scratch(threads * own_bytes + rows * 4);
+  float* const row_scale = (float*)(shared + threads * own_bytes);
+  after.row_scale = row_scale;
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    char *const codes = shared + thread * own_bytes, *const middle = codes + codes_bytes;
+    const auto multiplied = [&](int layer, const void* from, int64_t origin, const Epilogue& to, int64_t of, int64_t row, int64_t end) {
+      const Packed& packed = layer ? second : first;
+      for (int64_t r = row; r < end; r++)
+        quantize<DTYPE, false>(from, r - origin, packed.in_features, codes + (r - row) / 16 * steps[layer] * TILE + (r - row) % 16 * 64,
+                               TILE, EXCESS, row_scale + r);
+      Products<Int8, DTYPE> products(to, of);
+      for (int64_t s = 0; s < ceil_div(packed.out_features, STRIP); s++) {
+        products.channels(s * STRIP);
+        const int32_t* start;
+        const char* const strip = weights[layer].strip(s, nullptr, &start);
+        for (int64_t r = row; r < end; r += BLOCK_ROWS)
+          products.add(codes + (r - row) * steps[layer] * 64, layer ? r : r - row, end - r < BLOCK_ROWS ? end - r : BLOCK_ROWS, strip,
+                       steps[layer], start);
+      }
+    };
+    const int64_t first_block = blocks * thread / team, last_block = blocks * (thread + 1) / team;
+    for (int64_t b = first_block; b < last_block; b += group) {
+      const int64_t row = b * BLOCK_ROWS, to = (b + group < last_block ? b + group : last_block) * BLOCK_ROWS;
+      const int64_t end = to < rows ? to : rows;
+      Epilogue own = e;
+      own.y = middle, own.row_scale = row_scale + row;
+      multiplied(0, x, 0, own, end - row, row, end);
+      multiplied(1, middle, row, after, rows, row, end);
+    }
+  }
+}
+
 template <class Weight>
 void run_as(const void* x, const Weight& weight, const Packed& packed, const void* bias, void* out, int64_t rows, int dtype,
          int bias_dtype, int activation, const int64_t* pieces, int threads) {
@@ -335,12 +387,13 @@ void run_as(const void* x, const Weight& weight, const Packed& packed, const voi
 
 extern "C" int autoplan_available() { return product_available(); }
 
+// Of the second level, of one core.
+extern "C" int64_t autoplan_cache_bytes() { return sysconf(_SC_LEVEL2_CACHE_SIZE); }
+
 // out = activation(x [rows, in_features] times the weight, plus the bias or null), as Epilogue says.
 extern "C" void autoplan_int8_dynamic(const void* x, const Packed* packed, const void* bias, void* out, int64_t rows,
                                       int dtype, int bias_dtype, int activation, const int64_t* pieces, int threads) {
-  const int64_t strip_bytes = ceil_div(packed->in_features, 64) * 2 * TILE;
-  const Int8Weight weight = {packed->codes(), (const int32_t*)packed->offset(), strip_bytes, (const float*)packed->scale()};
-  run_as(x, weight, *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
+  run_as(x, int8_weight(*packed), *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
 }
 
 // The same, in groups of `group_size`, a multiple of 16 that divides in_features.
@@ -350,4 +403,15 @@ extern "C" void autoplan_int4_dynamic(const void* x, const Packed* packed, const
   const Int4Weight weight = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(),
                              packed->in_features, packed->group_size, strip_bytes, packed->channel_scale()};
   run_as(x, weight, *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
+}
+
+// The first layer with its activation, then the second one: both int8, dynamic. Each thread takes rows.
+extern "C" void autoplan_int8_pair(const void* x, const Packed* first, const void* first_bias, int activation, const Packed* second,
+                                   const void* second_bias, void* out, int64_t rows, int dtype, int first_bias_dtype,
+                                   int second_bias_dtype, int threads) {
+  const float *scale = (const float*)first->scale(), *after_scale = (const float*)second->scale();
+  const Epilogue e = {nullptr, scale, first_bias, first_bias_dtype, nullptr, first->out_features, 1, activation, nullptr};
+  const Epilogue after = {nullptr, after_scale, second_bias, second_bias_dtype, out, second->out_features, 1, NO_ACTIVATION, nullptr};
+  const auto run_as = dtype == FLOAT32 ? run_pair<FLOAT32> : dtype == BFLOAT16 ? run_pair<BFLOAT16> : run_pair<FLOAT16>;
+  run_as(x, *first, *second, e, after, rows, threads);
 }

@@ -133,10 +133,11 @@ static inline __m512i dot(__m512i sum, __m512i u8, __m512i s8) {
   return sum;
 }
 
-// The largest magnitude of `count` elements. Without their sign bit, floats compare as integers do.
+// The largest magnitude of `count` elements, which are read here for the first time. Without their sign bit, floats
+// compare as integers do.
 template <int DTYPE>
 static inline float absmax(const void* from, int64_t at, int64_t count) {
-  constexpr int64_t step = 64 / bytes_of(DTYPE);
+  constexpr int64_t step = 64 / bytes_of(DTYPE), ahead = 4096;  // bytes
   const char* p = (const char*)from + at * bytes_of(DTYPE);
   const __m512i magnitude = DTYPE == FLOAT32 ? _mm512_set1_epi32(0x7fffffff) : _mm512_set1_epi16(0x7fff);
   const auto larger = [&](__m512i a, __m512i b) {
@@ -146,7 +147,10 @@ static inline float absmax(const void* from, int64_t at, int64_t count) {
   __m512i best[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
   int64_t i = 0;
   for (; i + 4 * step <= count; i += 4 * step, p += 256)
-    for (int j = 0; j < 4; j++) best[j] = larger(best[j], _mm512_loadu_si512(p + 64 * j));
+    for (int j = 0; j < 4; j++) {
+      _mm_prefetch(p + 64 * j + ahead, _MM_HINT_T0);
+      best[j] = larger(best[j], _mm512_loadu_si512(p + 64 * j));
+    }
   for (; i + step <= count; i += step, p += 64) best[0] = larger(best[0], _mm512_loadu_si512(p));
   if (i < count)
     best[0] = larger(best[0], DTYPE == FLOAT32 ? _mm512_maskz_loadu_epi32((__mmask16)((1u << (count - i)) - 1), p)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoplan.candidates import find_candidate
-from autoplan.kernels import find_kernel, ops, packing
+from autoplan.errors import KernelError
+from autoplan.kernels import find_kernel, native, ops, packing
 from autoplan.layers import PlannedLinear
 from autoplan.siblings import join
 
@@ -255,6 +257,97 @@ def test_gradients_flow_through_siblings_as_ever() -> None:
     torch.compiler.reset()
     (gradient,) = torch.autograd.grad(sum(y.sum() for y in torch.compile(block.joined())(x)), x)
     torch.testing.assert_close(gradient, expected, atol=0.03, rtol=0.03)
+
+
+# Pairs.
+
+
+@pytest.fixture
+def pairs_pay(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever the rows, the weights and the machine."""
+    kernel = find_kernel("fused_int8")
+    assert kernel.pair is not None
+    monkeypatch.setitem(
+        ops._KERNELS, kernel.name, replace(kernel, pair=kernel.pair._replace(pays=lambda rows, nbytes: True))
+    )
+    ops.parse_program.cache_clear()
+    yield
+    ops.parse_program.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "sizes"), [(1, (8, 8, 8)), (33, (20, 70, 40)), (300, (384, 1536, 384))])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_pair_gives_what_two_calls_give(
+    dtype: torch.dtype, rows: int, sizes: tuple[int, int, int], bias: bool
+) -> None:
+    kernel, (before, between, after) = find_kernel("fused_int8"), sizes
+    weights = torch.randn(between, before) / before**0.5, torch.randn(after, between) / between**0.5
+    (first,), (then,) = (kernel.layout.pack(packing.quantize_per_channel(weight, torch.int8)) for weight in weights)
+    biases = (torch.randn(between), torch.randn(after).to(dtype)) if bias else (None, None)
+    x = torch.randn(rows, before).to(dtype)
+    for activation in ops.ACTIVATIONS:
+        middle, expected, y = (torch.empty(rows, size, dtype=dtype) for size in (between, after, after))
+        assert kernel.into is not None
+        kernel.into(x, (first,), biases[0], middle, activation)
+        kernel.into(middle, (then,), biases[1], expected, "none")
+        ops.run_pair_into(x, first, biases[0], activation, then, biases[1], "fused_int8", y)
+        assert torch.equal(y, expected)
+    with pytest.raises(KernelError, match="'tiled_int8' does not run two layers"):
+        ops.run_pair_into(x, first, biases[0], "none", then, biases[1], "tiled_int8", y)
+
+
+@pytest.mark.usefixtures("pairs_pay")
+@pytest.mark.parametrize("shape", [(70, 32), (2, 35, 32)])
+@pytest.mark.parametrize("after", [nn.GELU(), nn.Identity()])
+def test_two_layers_in_one_call(shape: tuple[int, ...], after: nn.Module) -> None:
+    block, x = Block(after), torch.randn(shape)
+    torch.compiler.reset()
+    with torch.no_grad():
+        code = code_of(torch.compile(block, fullgraph=True), x)
+        assert "autoplan_inductor.pair_into" in code
+        assert "autoplan_inductor.linear_into" not in code
+        torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x), atol=0.02, rtol=0)
+
+
+@pytest.mark.usefixtures("pairs_pay")
+@pytest.mark.parametrize("kind", ["used twice", "between", "another kernel", "dynamic"])
+def test_layers_that_stay_two_calls(kind: str) -> None:
+    after = (lambda y: torch.relu(y).cos()) if kind == "between" else torch.relu
+    block, x = Block(after, "1:tiled_int8" if kind == "another kernel" else "1:fused_int8"), torch.randn(70, 32)
+
+    def forward(x: Tensor) -> Tensor:
+        y = torch.relu(block.up(x))
+        return block.down(y).sum() + y.sum() if kind == "used twice" else block(x)
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        run = torch.compile(forward, fullgraph=True, dynamic=True if kind == "dynamic" else None)
+        assert "pair_into" not in code_of(run, x)
+        torch.testing.assert_close(run(x), forward(x), atol=0.02, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("pairs_pay")
+def test_blocks_whose_weights_differ_in_size_share_a_graph() -> None:
+    """Dynamo takes what differs for dynamic: the sizes of packed weights, too."""
+
+    def forward(block: Block, x: Tensor) -> Tensor:
+        return block(x)
+
+    run = torch.compile(forward)
+    torch.compiler.reset()
+    for between in (64, 96, 160):
+        block, x = Block(torch.relu), torch.randn(70, 32)
+        block.up, block.down = planned(between, 32), planned(32, between)
+        with torch.no_grad():
+            torch.testing.assert_close(run(block, x), block(x), atol=0.02, rtol=0)
+
+
+def test_a_pair_pays_where_both_weights_stay_close_and_rows_are_many() -> None:
+    pays, threads = native._pair_pays, torch.get_num_threads()
+    assert not pays(1, 1000)
+    assert not pays(128 * threads, 1 << 40)
+    assert pays(128 * threads, 1000) == (native.library().autoplan_cache_bytes() > 1333)
 
 
 # Calls.
