@@ -72,7 +72,7 @@ class Arms:
         copies = self._copies(part)
         if self.shape.mode == EAGER:
             return lambda: functools.partial(self._layer(part, next(copies)), self.x)
-        graph: Graph = part.graph(self.x.dtype)
+        graph: Graph = part.written(self.x) or part.graph(self.x.dtype)
         if contender.kernel.inline is not None:
             graph = _lowered(graph, self.x, self._pack(part))
         return lambda: functools.partial(graph, self.x, *next(copies))
@@ -199,6 +199,21 @@ class _Part:
         if inline is not None:
             return lambda x, *packed: inline(x, packed, bias, dtype)
         return lambda x, *packed: call_linear(x, packed, bias, program, size, dtype)
+
+    def written(self, x: Tensor) -> Callable[..., Tensor] | None:
+        """What the code of a graph calls, as a function of x and the packed tensors, if it calls the kernel itself."""
+        into, size = self.contender.kernel.into, self.rows.stop - self.rows.start
+        if into is None:
+            return None
+        bias = () if self.bias is None else (self.bias,)
+        write = into(x.dtype, None if self.bias is None else self.bias.dtype, "none", rows=x.shape[0])
+
+        def call(x: Tensor, *packed: Tensor) -> Tensor:
+            out = torch.empty((x.shape[0], size), dtype=x.dtype)
+            write(x, *packed, *bias, out=out)
+            return out
+
+        return call
 
 
 def _lowered(graph: Graph, x: Tensor, packed: Packed) -> Graph:

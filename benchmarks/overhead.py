@@ -87,7 +87,7 @@ def call_kernel(kernel: kernels.Kernel, x: Tensor, layer: PlannedLinear) -> Tens
     if kernel.into is None:
         return kernel.run(x, layer._packed, layer.bias, torch.float32)
     out = torch.empty(1, SIZE)
-    kernel.into(x, layer._packed, layer.bias, out, "none", ())
+    kernel.into(out.dtype, layer.bias.dtype, "none")(x, *layer._packed, layer.bias, out=out)
     return out
 
 

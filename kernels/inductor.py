@@ -12,7 +12,8 @@ Pairs: where all that a layer gives, after its activation, is given to another l
 rows by rows, so that what lies between them is not written to memory and read again.
 
 The call: the graph calls the kernel itself, not the op, whose way through torch's dispatcher and back takes longer than
-the product of a small layer; and where it writes is memory that Inductor has planned, with the rest of the graph.
+the product of a small layer; and where it writes is memory that Inductor has planned, with the rest of the graph. What
+does not change from call to call (dtypes, the activation, the number of rows) is looked up once, as the code is loaded.
 
 Only graphs with our op notice: no setting of Inductor's is changed. All of it leans on parts of torch that come and go.
 In a torch that has other ones, layers run as one op each.
@@ -21,13 +22,14 @@ In a torch that has other ones, layers run as one op each.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, fx
@@ -216,7 +218,7 @@ def _piece(use: fx.Node) -> _Piece | None:
     if use.target is not aten.slice.Tensor or len(use.users) != 1 or len(use.args) > 4:
         return None
     value, own = use.meta["val"], next(iter(use.users))
-    if use.args[1] not in (-1, value.dim() - 1) or own.meta["val"].dtype != value.dtype:
+    if use.args[1] not in (-1, value.dim() - 1) or own.op == "output" or own.meta["val"].dtype != value.dtype:
         return None
     found = _Piece(int(use.args[2]), value.shape[-1], use, own, None)  # type: ignore[arg-type]
     if own.target is aten.clone.default and own.kwargs.get("memory_format") == torch.contiguous_format:
@@ -274,8 +276,11 @@ def _call_directly() -> None:
     pair_as_op = lowering.fallback_handler(_PAIR, add_to_fallback_set=False)
 
     class Direct:
+        lines: tuple[str, ...] = ()  # that the code needs once, beside the call
+
         def codegen(self, wrapper: Any) -> None:
-            wrapper.add_import_once("from autoplan.kernels import inductor as autoplan_inductor")
+            for line in ("from autoplan.kernels import inductor as autoplan_inductor", *self.lines):
+                wrapper.add_import_once(line)
             super().codegen(wrapper)  # type: ignore[misc]
 
     class Into(Direct, ir.ExternKernelOut):
@@ -283,6 +288,26 @@ def _call_directly() -> None:
 
     class Returning(Direct, ir.ExternKernelAlloc):
         pass
+
+    def into(layout: Any, inputs: Sequence[Any], writer: str, *settings: object) -> Any:
+        """A call of what `writer` gives for these settings: it is made once, under a name of its own."""
+        made = f"autoplan_inductor.{writer}{settings!r}"
+        name = f"autoplan_{hashlib.sha256(made.encode()).hexdigest()[:12]}"
+        call = Into(layout, inputs, (), {}, None, name)
+        call.lines = (f"{name} = {made}",)
+        return ir.TensorBox.create(call)
+
+    def memory(x: Any) -> tuple[Any, int | None]:
+        """Where x [rows, in_features] is, contiguous, and how many rows it has, if that is known.
+
+        Then it is not looked at as rows: making a view takes half a microsecond.
+        """
+        size = x.get_size()[0]
+        rows = int(size) if isinstance(size, int) or size.is_Integer else None
+        view = x.data
+        if rows is None or not isinstance(view, ir.ReinterpretView) or view.get_layout().offset != 0:
+            return x, rows
+        return ir.TensorBox(view.data), rows
 
     def lower(
         x: Any,
@@ -295,19 +320,18 @@ def _call_directly() -> None:
         pieces: Sequence[int],
     ) -> Any:
         x = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
-        if V.graph.cpp_wrapper or x.get_device().type != "cpu":
+        if V.graph.cpp_wrapper or x.get_device().type != "cpu" or x.get_dtype() != dtype:
             return as_op(x, packed, bias, program, out_features, dtype, activation, pieces)
         layout = ir.FixedLayout(x.get_device(), dtype, [x.get_size()[0], out_features])
-        tensors = [x, *packed] if bias is None else [x, bias, *packed]
-        inputs = [ir.ExternKernel.realize_input(tensor) for tensor in tensors]
-        settings = {"has_bias": bias is not None, "program": program, "activation": activation, "pieces": tuple(pieces)}
-        call: Any
-        if ops.writes_in_place(program):
-            call = Into(layout, inputs, (), settings, None, "autoplan_inductor.linear_into")
-        else:
-            settings |= {"out_features": out_features, "dtype": dtype}
-            call = Returning(layout, inputs, (), settings, "autoplan_inductor.linear")
-        return ir.TensorBox.create(call)
+        others = [ir.ExternKernel.realize_input(tensor) for tensor in ([*packed] if bias is None else [*packed, bias])]
+        if not ops.writes_in_place(program):
+            settings = {"has_bias": bias is not None, "program": program, "activation": activation}
+            settings |= {"pieces": tuple(pieces), "out_features": out_features, "dtype": dtype}
+            return ir.TensorBox.create(Returning(layout, [x, *others], (), settings, "autoplan_inductor.linear"))
+        x, rows = memory(x)
+        bias_dtype = None if bias is None else str(bias.get_dtype())
+        how = (program, str(dtype), bias_dtype, activation, tuple(pieces), rows)
+        return into(layout, [x, *others], "linear_writer", *how)
 
     def lower_pair(
         x: Any, packed: Any, bias: Any, activation: str, then: Any, then_bias: Any, kernel: str, out_features: int
@@ -315,32 +339,44 @@ def _call_directly() -> None:
         x = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
         if V.graph.cpp_wrapper or x.get_device().type != "cpu":
             return pair_as_op(x, packed, bias, activation, then, then_bias, kernel, out_features)
-        layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [x.get_size()[0], out_features])
+        dtype = x.get_dtype()
+        layout = ir.FixedLayout(x.get_device(), dtype, [x.get_size()[0], out_features])
         biases = [tensor for tensor in (bias, then_bias) if tensor is not None]
-        inputs = [ir.ExternKernel.realize_input(tensor) for tensor in (x, packed, then, *biases)]
-        has_biases = (bias is not None, then_bias is not None)
-        settings = {"has_biases": has_biases, "activation": activation, "kernel": kernel}
-        return ir.TensorBox.create(Into(layout, inputs, (), settings, None, "autoplan_inductor.pair_into"))
+        others = [ir.ExternKernel.realize_input(tensor) for tensor in (packed, then, *biases)]
+        x, rows = memory(x)
+        bias_dtypes = tuple(None if tensor is None else str(tensor.get_dtype()) for tensor in (bias, then_bias))
+        return into(layout, [x, *others], "pair_writer", kernel, str(dtype), activation, bias_dtypes, rows)
 
     lowering.register_lowering(_LINEAR, type_promotion_kind=None)(lower)
     lowering.register_lowering(_PAIR, type_promotion_kind=None)(lower_pair)
 
 
-# What the code that Inductor writes calls. It keeps that code: whoever changes what these take changes their names.
+# What the code that Inductor writes calls, dtypes by name. It keeps that code: whoever changes what these take changes
+# their names.
 
 
-def linear_into(
-    x: Tensor,
-    *tensors: Tensor,
-    has_bias: bool,
-    program: str,
-    activation: str,
-    pieces: tuple[int, ...],
-    out: Tensor,
-) -> None:
-    """`ops.run_linear_into`, with the bias, if there is one, before the packed tensors."""
-    bias, packed = (tensors[0], tensors[1:]) if has_bias else (None, tensors)
-    ops.run_linear_into(x, packed, bias, program, out, activation, pieces)
+def linear_writer(
+    program: str, dtype: str, bias_dtype: str | None, activation: str, pieces: tuple[int, ...], rows: int | None
+) -> ops.Write:
+    """`ops.writer`."""
+    return ops.writer(program, _dtype(dtype), _dtype(bias_dtype), activation, pieces, rows)
+
+
+def pair_writer(
+    kernel: str, dtype: str, activation: str, bias_dtypes: tuple[str | None, str | None], rows: int | None
+) -> ops.Write:
+    """`ops.pair_writer`."""
+    first, then = bias_dtypes
+    return ops.pair_writer(kernel, _dtype(dtype), activation, (_dtype(first), _dtype(then)), rows)
+
+
+@overload
+def _dtype(name: str) -> torch.dtype: ...
+@overload
+def _dtype(name: str | None) -> torch.dtype | None: ...
+def _dtype(name: str | None) -> torch.dtype | None:
+    """Of the name that str() gives it."""
+    return None if name is None else cast("torch.dtype", getattr(torch, name.removeprefix("torch.")))
 
 
 def linear(
@@ -353,22 +389,6 @@ def linear(
     out_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`ops.run_linear`, with the bias, if there is one, before the packed tensors."""
-    bias, packed = (tensors[0], tensors[1:]) if has_bias else (None, tensors)
+    """`ops.run_linear`, with the bias, if there is one, after the packed tensors."""
+    packed, bias = (tensors[:-1], tensors[-1]) if has_bias else (tensors, None)
     return ops.run_linear(x, packed, bias, program, out_features, dtype, activation, pieces)
-
-
-def pair_into(
-    x: Tensor,
-    packed: Tensor,
-    then: Tensor,
-    *biases: Tensor,
-    has_biases: tuple[bool, bool],
-    activation: str,
-    kernel: str,
-    out: Tensor,
-) -> None:
-    """`ops.run_pair_into`, with the biases that there are after the packed tensors."""
-    left = iter(biases)
-    bias, then_bias = (next(left) if has else None for has in has_biases)
-    ops.run_pair_into(x, packed, bias, activation, then, then_bias, kernel, out)

@@ -9,7 +9,7 @@ import bisect
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from autoplan.kernels.packing import Canonical, dequantize
 
 Packed = Sequence[Tensor]
 Run = Callable[[Tensor, Packed, Tensor | None, torch.dtype], Tensor]
-Into = Callable[[Tensor, Packed, Tensor | None, Tensor, str, tuple[int, ...]], None]
+Write = Callable[..., None]  # see `Kernel.into`
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {  # in the order of `enum Activation` in native/simd.h
     "none": lambda y: y,
@@ -66,15 +66,29 @@ class Layout:
         )
 
 
+class Into(Protocol):
+    """How a kernel writes into memory that it is given. See `Kernel`."""
+
+    def __call__(
+        self,
+        dtype: torch.dtype,
+        bias_dtype: torch.dtype | None,
+        activation: str,
+        pieces: tuple[int, ...] = (),
+        rows: int | None = None,
+    ) -> Write: ...
+
+
 class Pair(NamedTuple):
     """How a kernel runs two layers in one call, the second on what the first one gives.
 
-    `into(x, packed, bias, activation, then, then_bias, out)` takes weight, bias and activation of the first layer, and
-    weight and bias of the second; x and out have one dtype. `pays(rows, nbytes)` says whether that is faster than two
-    calls, where both weights take so many bytes.
+    `into(dtype, activation, bias_dtypes, rows)` gives the function that does it, of (x, packed, then, *biases,
+    out=...): the weight of the first layer, which `activation` follows, that of the second, and the biases that there
+    are. All else is as in `Kernel.into`. `pays(rows, nbytes)` says whether that is faster than two calls, where both
+    weights take so many bytes.
     """
 
-    into: Callable[[Tensor, Tensor, Tensor | None, str, Tensor, Tensor | None, Tensor], None]
+    into: Callable[[torch.dtype, str, tuple[torch.dtype | None, torch.dtype | None], int | None], Write]
     pays: Callable[[int, int], bool]
 
 
@@ -87,9 +101,12 @@ class Kernel:
     fuse with their neighbours (the matrix product itself stays a custom op), for compiled graphs; all else runs whole
     behind the op `autoplan::linear`.
 
-    `into(x, packed, bias, out, activation, pieces)`, where a kernel has it, writes what `run` returns into `out`, after
-    the function that ACTIVATIONS has under that name. If it gets the sizes of `pieces`, multiples of 32 that sum up to
-    out_features, each piece of so many features lies in `out` by itself, contiguous, one after another.
+    `into(dtype, bias_dtype, activation, pieces, rows)`, where a kernel has it, gives a function of (x, *packed, bias,
+    out=...) that writes what `run` returns into `out`, after the function that ACTIVATIONS has under that name; x and
+    out are of `dtype`, and without a `bias_dtype` there is no bias. So whatever does not change from call to call is
+    looked up once. If it gets the sizes of `pieces`, multiples of 32 that sum up to out_features, each piece of so many
+    features lies in `out` by itself, contiguous, one after another. Where the number of rows is given, x may have any
+    shape of so many rows.
 
     `pair`, where a kernel has it, writes what two layers give, one after the other; their weights are one tensor each.
 
@@ -203,9 +220,15 @@ def unpack_program(program: str, packed: Packed) -> Canonical:
 
 def step(program: str, rows: int) -> tuple[Kernel, slice]:
     """The kernel that runs so many rows, and where among the packed tensors it finds its own."""
-    thresholds, kernels, slices = parse_program(program)
-    i = max(bisect.bisect_right(thresholds, rows) - 1, 0) if len(thresholds) > 1 else 0
+    _, kernels, slices = parse_program(program)
+    i = _place(program, rows)
     return kernels[i], slices[i]
+
+
+def _place(program: str, rows: int) -> int:
+    """Which of the kernels of a program runs so many rows."""
+    thresholds = parse_program(program)[0]
+    return max(bisect.bisect_right(thresholds, rows) - 1, 0) if len(thresholds) > 1 else 0
 
 
 def writes_in_place(program: str) -> bool:
@@ -239,25 +262,40 @@ def run_linear(
         return torch.cat([piece.flatten() for piece in y.split(list(pieces), 1)]).view_as(y) if pieces else y
     out = x.new_empty((rows, out_features), dtype=dtype)
     if rows and kernel.into is not None:
-        kernel.into(x, packed[own], bias, out, activation, tuple(pieces))
+        if x.dtype is not dtype:
+            x = x.to(dtype)
+        write = kernel.into(dtype, None if bias is None else bias.dtype, activation, tuple(pieces))
+        write(x, *packed[own], bias, out=out)
     return out
 
 
-def run_linear_into(
-    x: Tensor,
-    packed: Packed,
-    bias: Tensor | None,
+def writer(
     program: str,
-    out: Tensor,
-    activation: str = "none",
-    pieces: Sequence[int] = (),
-) -> None:
-    """The same, into `out` [rows, out_features], where the program `writes_in_place`."""
-    if rows := x.shape[0]:
-        kernel, own = step(program, rows)
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    activation: str,
+    pieces: tuple[int, ...],
+    rows: int | None,
+) -> Write:
+    """`Kernel.into` of a program that `writes_in_place`: the function runs whichever kernel its rows are for.
+
+    Raises KernelError naming a kernel that does not write into an output that it is given.
+    """
+    _, kernels, slices = parse_program(program)
+    writes = []
+    for kernel in kernels:
         if kernel.into is None:
             raise KernelError(f"kernel {kernel.name!r} does not write into an output that it is given")
-        kernel.into(x, packed[own], bias, out, activation, tuple(pieces))
+        writes.append(kernel.into(dtype, bias_dtype, activation, pieces, rows))
+    if len(writes) == 1:
+        return writes[0]
+
+    def write(x: Tensor, *tensors: Tensor, out: Tensor) -> None:
+        i = _place(program, x.shape[0] if rows is None else rows)
+        packed, bias = (tensors, ()) if bias_dtype is None else (tensors[:-1], tensors[-1:])
+        writes[i](x, *packed[slices[i]], *bias, out=out)
+
+    return write
 
 
 def call_linear(
@@ -302,22 +340,18 @@ define_op(
 )
 
 
-def run_pair_into(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    then: Tensor,
-    then_bias: Tensor | None,
+def pair_writer(
     kernel: str,
-    out: Tensor,
-) -> None:
-    """Into `out`, what the layer `then` gives of what the first layer and its activation give of `x`."""
+    dtype: torch.dtype,
+    activation: str,
+    bias_dtypes: tuple[torch.dtype | None, torch.dtype | None],
+    rows: int | None,
+) -> Write:
+    """`Pair.into` of the kernel of that name. Raises KernelError if it has none."""
     pair = find_kernel(kernel).pair
     if pair is None:
         raise KernelError(f"kernel {kernel!r} does not run two layers in one call")
-    if x.shape[0]:
-        pair.into(x, packed, bias, activation, then, then_bias, out)
+    return pair.into(dtype, activation, bias_dtypes, rows)
 
 
 def _pair(
@@ -331,7 +365,9 @@ def _pair(
     out_features: int,
 ) -> Tensor:
     out = x.new_empty((x.shape[0], out_features))
-    run_pair_into(x, packed, bias, activation, then, then_bias, kernel, out)
+    bias_dtypes = (None if bias is None else bias.dtype, None if then_bias is None else then_bias.dtype)
+    biases = [tensor for tensor in (bias, then_bias) if tensor is not None]
+    pair_writer(kernel, x.dtype, activation, bias_dtypes, None)(x, packed, then, *biases, out=out)
     return out
 
 

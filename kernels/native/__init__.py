@@ -9,6 +9,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,30 +156,50 @@ def _missing() -> str:
 # Kernels.
 
 
+class _Call(ctypes.Structure):
+    """`struct Call` of product.h."""
+
+    _fields_ = (
+        ("dtype", ctypes.c_int),
+        ("bias_dtype", ctypes.c_int),
+        ("activation", ctypes.c_int),
+        ("pieces", ctypes.POINTER(ctypes.c_int64)),
+    )
+
+
+def _call(
+    dtype: torch.dtype, bias_dtype: torch.dtype | None, activation: str, pieces: tuple[int, ...] = ()
+) -> Any:  # a reference, as ctypes hands it on
+    call = _Call(_CODES[dtype], _CODES[bias_dtype or dtype], _ACTIVATIONS[activation])
+    if pieces:
+        call.pieces = (ctypes.c_int64 * len(pieces))(*pieces)
+    return ctypes.byref(call)
+
+
 @functools.cache
-def _array(sizes: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(sizes))(*sizes)
-
-
 def _pair_into(
-    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str, then: Tensor, then_bias: Tensor | None, out: Tensor
-) -> None:
-    bias_at, bias_dtype = _of_bias(bias)
-    then_bias_at, then_bias_dtype = _of_bias(then_bias)
-    library().autoplan_int8_pair(
-        x.data_ptr(), packed.data_ptr(), bias_at, _ACTIVATIONS[activation], then.data_ptr(), then_bias_at,
-        out.data_ptr(), x.shape[0], _CODES[x.dtype], bias_dtype, then_bias_dtype, torch.get_num_threads(),
-    )  # fmt: skip
+    dtype: torch.dtype,
+    activation: str,
+    bias_dtypes: tuple[torch.dtype | None, torch.dtype | None],
+    rows: int | None = None,
+) -> ops.Write:
+    run, threads = library().autoplan_int8_pair, torch.get_num_threads
+    call, then_call = _call(dtype, bias_dtypes[0], activation), _call(dtype, bias_dtypes[1], "none")
+    has_bias, then_has_bias = (bias_dtype is not None for bias_dtype in bias_dtypes)
+
+    def write(x: Tensor, packed: Tensor, then: Tensor, *biases: Tensor, out: Tensor) -> None:
+        run(
+            call, then_call, x.data_ptr(), packed.data_ptr(), biases[0].data_ptr() if has_bias else None,
+            then.data_ptr(), biases[-1].data_ptr() if then_has_bias else None, out.data_ptr(),
+            x.shape[0] if rows is None else rows, threads(),
+        )  # fmt: skip
+
+    return write
 
 
 def _pair_pays(rows: int, nbytes: int) -> bool:
     """Both weights stay in a core's second-level cache, and each thread has four blocks of 32 rows or more."""
     return nbytes <= 0.75 * int(library().autoplan_cache_bytes()) and rows >= 4 * 32 * torch.get_num_threads()
-
-
-def _of_bias(bias: Tensor | None) -> tuple[int | None, int]:
-    """Where it is, and its dtype's code."""
-    return (None, 0) if bias is None else (bias.data_ptr(), _CODES[bias.dtype])
 
 
 def _register(
@@ -188,20 +209,28 @@ def _register(
     canonical: Callable[[Tensor], Canonical],
     pair: ops.Pair | None = None,
 ) -> None:
+    @functools.cache
     def into(
-        x: Tensor, packed: ops.Packed, bias: Tensor | None, out: Tensor, activation: str, pieces: tuple[int, ...] = ()
-    ) -> None:
-        if x.dtype is not out.dtype:
-            x = x.to(out.dtype)
-        bias_at, bias_dtype = _of_bias(bias)
-        getattr(library(), function)(
-            x.data_ptr(), packed[0].data_ptr(), bias_at, out.data_ptr(), x.shape[0], _CODES[out.dtype], bias_dtype,
-            _ACTIVATIONS[activation], _array(pieces) if pieces else None, torch.get_num_threads(),
-        )  # fmt: skip
+        dtype: torch.dtype,
+        bias_dtype: torch.dtype | None,
+        activation: str,
+        pieces: tuple[int, ...] = (),
+        rows: int | None = None,
+    ) -> ops.Write:
+        run, threads = getattr(library(), function), torch.get_num_threads
+        call = _call(dtype, bias_dtype, activation, pieces)
+
+        def write(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, out: Tensor) -> None:
+            run(
+                call, x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
+                x.shape[0] if rows is None else rows, threads(),
+            )  # fmt: skip
+
+        return write
 
     def run(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         out = torch.empty((x.shape[0], _sizes(packed)[0]), dtype=dtype)
-        into(x, packed, bias, out, "none")
+        into(dtype, None if bias is None else bias.dtype, "none")(x.to(dtype), *packed, bias, out=out)
         return out
 
     def supports(spec: ops.LinearSpec) -> str | None:

@@ -374,12 +374,12 @@ void run_pair(const void* x, const Packed& first, const Packed& second, Epilogue
 }
 
 template <class Weight>
-void run_as(const void* x, const Weight& weight, const Packed& packed, const void* bias, void* out, int64_t rows, int dtype,
-         int bias_dtype, int activation, const int64_t* pieces, int threads) {
-  const Epilogue e = {nullptr, weight.scale, bias, bias_dtype, out, packed.out_features, 1, activation, pieces};
+void run_as(const Call& call, const void* x, const Weight& weight, const Packed& packed, const void* bias, void* out, int64_t rows,
+            int threads) {
+  const Epilogue e = {nullptr, weight.scale, bias, call.bias_dtype, out, packed.out_features, 1, call.activation, call.pieces};
   threads = team_for(rows, packed.out_features, packed.in_features, threads);
-  if (dtype == FLOAT32) return run<Weight, FLOAT32>(x, weight, e, rows, packed.in_features, threads);
-  if (dtype == BFLOAT16) return run<Weight, BFLOAT16>(x, weight, e, rows, packed.in_features, threads);
+  if (call.dtype == FLOAT32) return run<Weight, FLOAT32>(x, weight, e, rows, packed.in_features, threads);
+  if (call.dtype == BFLOAT16) return run<Weight, BFLOAT16>(x, weight, e, rows, packed.in_features, threads);
   run<Weight, FLOAT16>(x, weight, e, rows, packed.in_features, threads);
 }
 
@@ -391,27 +391,28 @@ extern "C" int autoplan_available() { return product_available(); }
 extern "C" int64_t autoplan_cache_bytes() { return sysconf(_SC_LEVEL2_CACHE_SIZE); }
 
 // out = activation(x [rows, in_features] times the weight, plus the bias or null), as Epilogue says.
-extern "C" void autoplan_int8_dynamic(const void* x, const Packed* packed, const void* bias, void* out, int64_t rows,
-                                      int dtype, int bias_dtype, int activation, const int64_t* pieces, int threads) {
-  run_as(x, int8_weight(*packed), *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
+extern "C" void autoplan_int8_dynamic(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
+                                      int64_t rows, int threads) {
+  if (rows) run_as(*call, x, int8_weight(*packed), *packed, bias, out, rows, threads);
 }
 
 // The same, in groups of `group_size`, a multiple of 16 that divides in_features.
-extern "C" void autoplan_int4_dynamic(const void* x, const Packed* packed, const void* bias, void* out, int64_t rows,
-                                      int dtype, int bias_dtype, int activation, const int64_t* pieces, int threads) {
+extern "C" void autoplan_int4_dynamic(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
+                                      int64_t rows, int threads) {
   const int64_t strip_bytes = ceil_div(packed->in_features, 64) * 2 * TILE;
   const Int4Weight weight = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(),
                              packed->in_features, packed->group_size, strip_bytes, packed->channel_scale()};
-  run_as(x, weight, *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
+  if (rows) run_as(*call, x, weight, *packed, bias, out, rows, threads);
 }
 
 // The first layer with its activation, then the second one: both int8, dynamic. Each thread takes rows.
-extern "C" void autoplan_int8_pair(const void* x, const Packed* first, const void* first_bias, int activation, const Packed* second,
-                                   const void* second_bias, void* out, int64_t rows, int dtype, int first_bias_dtype,
-                                   int second_bias_dtype, int threads) {
-  const float *scale = (const float*)first->scale(), *after_scale = (const float*)second->scale();
-  const Epilogue e = {nullptr, scale, first_bias, first_bias_dtype, nullptr, first->out_features, 1, activation, nullptr};
-  const Epilogue after = {nullptr, after_scale, second_bias, second_bias_dtype, out, second->out_features, 1, NO_ACTIVATION, nullptr};
-  const auto run_as = dtype == FLOAT32 ? run_pair<FLOAT32> : dtype == BFLOAT16 ? run_pair<BFLOAT16> : run_pair<FLOAT16>;
-  run_as(x, *first, *second, e, after, rows, threads);
+extern "C" void autoplan_int8_pair(const Call* call, const Call* then_call, const void* x, const Packed* packed, const void* bias,
+                                   const Packed* then, const void* then_bias, void* out, int64_t rows, int threads) {
+  if (!rows) return;
+  const Epilogue e = {nullptr, (const float*)packed->scale(), bias, call->bias_dtype, nullptr, packed->out_features, 1,
+                      call->activation, nullptr};
+  const Epilogue after = {nullptr, (const float*)then->scale(), then_bias, then_call->bias_dtype, out, then->out_features, 1,
+                          then_call->activation, nullptr};
+  const auto run = call->dtype == FLOAT32 ? run_pair<FLOAT32> : call->dtype == BFLOAT16 ? run_pair<BFLOAT16> : run_pair<FLOAT16>;
+  run(x, *packed, *then, e, after, rows, threads);
 }

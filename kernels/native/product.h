@@ -175,6 +175,12 @@ static inline void multiply(const char* block, int64_t rows, const char* strip, 
 
 #endif
 
+// What a call asks for beside its tensors.
+struct Call {
+  int dtype, bias_dtype, activation;  // of x and out; of the bias, if there is one
+  const int64_t* pieces;              // as Epilogue says
+};
+
 // What becomes of products: y = activation(product * row_scale * scale * unit + bias), in the dtype of y.
 struct Epilogue {
   const float* row_scale;  // [rows], or null for 1

@@ -186,27 +186,28 @@ void run(const void* x, const Weight& w, Epilogue e, int64_t rows, int64_t in_fe
 }
 
 template <class Kind>
-void run(const void* x, const Weight& w, const Packed& packed, const void* bias, void* out, int64_t rows, int dtype,
-         int bias_dtype, int activation, const int64_t* pieces, int threads) {
-  const Epilogue e = {nullptr, nullptr, bias, bias_dtype, out, packed.out_features, 1, activation, pieces};
-  const auto run_as = dtype == FLOAT32 ? run<Kind, FLOAT32> : dtype == BFLOAT16 ? run<Kind, BFLOAT16> : run<Kind, FLOAT16>;
+void run_as(const Call& call, const void* x, const Weight& w, const Packed& packed, const void* bias, void* out, int64_t rows,
+            int threads) {
+  const Epilogue e = {nullptr, nullptr, bias, call.bias_dtype, out, packed.out_features, 1, call.activation, call.pieces};
   threads = team_for(rows, packed.out_features, packed.in_features, threads);
-  run_as(x, w, e, rows, packed.in_features, threads);
+  if (call.dtype == FLOAT32) return run<Kind, FLOAT32>(x, w, e, rows, packed.in_features, threads);
+  if (call.dtype == BFLOAT16) return run<Kind, BFLOAT16>(x, w, e, rows, packed.in_features, threads);
+  run<Kind, FLOAT16>(x, w, e, rows, packed.in_features, threads);
 }
 
 }  // namespace
 
 // As autoplan_int8_dynamic.
-extern "C" void autoplan_int8_weight(const void* x, const Packed* packed, const void* bias, void* out, int64_t rows,
-                                     int dtype, int bias_dtype, int activation, const int64_t* pieces, int threads) {
+extern "C" void autoplan_int8_weight(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
+                                     int64_t rows, int threads) {
   const int64_t padded = ceil_div(packed->in_features, 64) * 64;
   const Weight w = {packed->codes(), packed->scale(), nullptr, padded, padded};
-  run<Int8Weight>(x, w, *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
+  if (rows) run_as<Int8Weight>(*call, x, w, *packed, bias, out, rows, threads);
 }
 
 // The same, in groups of `group_size`, a multiple of 16 that divides in_features.
-extern "C" void autoplan_int4_weight(const void* x, const Packed* packed, const void* bias, void* out, int64_t rows,
-                                     int dtype, int bias_dtype, int activation, const int64_t* pieces, int threads) {
+extern "C" void autoplan_int4_weight(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
+                                     int64_t rows, int threads) {
   const Weight w = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(), packed->in_features, packed->group_size};
-  run<Int4Weight>(x, w, *packed, bias, out, rows, dtype, bias_dtype, activation, pieces, threads);
+  if (rows) run_as<Int4Weight>(*call, x, w, *packed, bias, out, rows, threads);
 }
