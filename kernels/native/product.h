@@ -230,7 +230,7 @@ static inline void store_column(const Epilogue& e, int64_t row, int64_t count, i
   for (int64_t r = 0; r < count; r++) {
     const __m512 row_scale = _mm512_set1_ps(e.row_scale ? e.row_scale[row + r] : 1);
     const __m512 y = _mm512_fmadd_ps(_mm512_mul_ps(product(r), row_scale), scale, bias);
-    store<DTYPE>(to.y + (row + r) * to.line, 0, mask, e.activation ? activated(y, e.activation) : y);
+    store<DTYPE>(to.y + (row + r) * to.line, 0, mask, activated(y, e.activation));
   }
 }
 
@@ -340,7 +340,7 @@ class Products {
     const __m512i raw = _mm512_load_si512(last_ + 16 * half);
     const __m512 value = _mm512_mul_ps(Kind::integer ? _mm512_cvtepi32_ps(raw) : _mm512_castsi512_ps(raw), row_scale);
     const __m512 y = _mm512_fmadd_ps(value, own_->scale[half], own_->bias[half]);
-    return e_.activation ? activated(y, e_.activation) : y;
+    return activated(y, e_.activation);
   }
 
   const Epilogue e_;
