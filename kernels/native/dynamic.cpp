@@ -202,7 +202,7 @@ void few(const char* x, int64_t stride, const float*, const Int8Weight& w, int64
 template <int ROWS, int STREAMS>
 void few(const char* x, int64_t stride, const float* sums, const Int4Weight& w, int64_t column, int64_t apart,
          __m512 (*total)[ROWS]) {
-  const int64_t groups = w.groups(), column_bytes = w.in_features * 8;
+  const int64_t groups = w.groups(), column_bytes = w.in_features * 8, later = 2 * AHEAD / w.group_size;
   const char* line = w.lines + column * column_bytes;
   const __m512i half = _mm512_set1_epi8(15);
   for (int s = 0; s < STREAMS; s++)
@@ -227,6 +227,8 @@ void few(const char* x, int64_t stride, const float* sums, const Int4Weight& w, 
     }
     for (int s = 0; s < STREAMS; s++) {
       const int64_t at = ((column + s * apart) * groups + g) * 16;
+      _mm_prefetch((const char*)w.group_scale + 2 * (at + later), _MM_HINT_T0);
+      _mm_prefetch((const char*)w.zero_point + at + later, _MM_HINT_T0);
       const __m512 scale = load<BFLOAT16>(w.group_scale, at);
       const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(w.zero_point + at))));
       for (int r = 0; r < ROWS; r++) {
