@@ -159,7 +159,8 @@ class Arms:
         def copies() -> Iterator[Packed]:
             for i in itertools.count():
                 if i == len(pool):
-                    pool.append(self._pack(part))
+                    opaque = not pool or any(tensor.is_mkldnn for tensor in pool[0])  # which cannot be cloned
+                    pool.append(self._pack(part) if opaque else [tensor.clone() for tensor in pool[0]])
                 yield pool[i]
 
         return copies()
