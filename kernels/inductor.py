@@ -327,7 +327,7 @@ def _call_directly() -> None:
         if not ops.writes_in_place(program):
             settings = {"has_bias": bias is not None, "program": program, "activation": activation}
             settings |= {"pieces": tuple(pieces), "out_features": out_features, "dtype": dtype}
-            return ir.TensorBox.create(Returning(layout, [x, *others], (), settings, "autoplan_inductor.linear"))
+            return ir.TensorBox.create(Returning(layout, [x, *others], (), settings, "autoplan_inductor.run_linear"))
         x, rows = memory(x)
         bias_dtype = None if bias is None else str(bias.get_dtype())
         how = (program, str(dtype), bias_dtype, activation, tuple(pieces), rows)
@@ -379,7 +379,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else cast("torch.dtype", getattr(torch, name.removeprefix("torch.")))
 
 
-def linear(
+def run_linear(
     x: Tensor,
     *tensors: Tensor,
     has_bias: bool,

@@ -73,11 +73,15 @@ class FakeTimer:
         self.baseline_us = 100.0
         self.model_ratio = 0.5
         self.uniform_ratio = 1.0  # time of the uniform plan / time of the plan
-        self.races = 0
+        self.raced: list[set[str]] = []  # the arms of every race, in turn
         self.comparisons = 0
 
+    @property
+    def races(self) -> int:
+        return len(self.raced)
+
     def race(self, arms: Any, *, baseline: str, **_: Any) -> dict[str, Any]:
-        self.races += 1
+        self.raced.append({arm.name for arm in arms})
         timings = {}
         for arm in arms:
             arm.calls[0]()

@@ -99,19 +99,6 @@ def int8() -> list[Contender]:
     return own
 
 
-def raced(timer: Any, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """The arms of every race, in turn."""
-    arms: list[set[str]] = []
-    race = timer.race
-
-    def noting(own: Any, **settings: Any) -> Any:
-        arms.append({arm.name for arm in own})
-        return race(own, **settings)
-
-    monkeypatch.setattr(timing, "race", noting)
-    return arms
-
-
 QUICK, SLOW = "int8_weight_only/int8pack", "int8_weight_only/dequantize_int8"
 
 
@@ -128,10 +115,10 @@ QUICK, SLOW = "int8_weight_only/int8pack", "int8_weight_only/dequantize_int8"
     ],
 )
 def test_a_kernel_that_was_hopeless_with_a_like_weight_is_not_raced_again(
-    timer: Any, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], slow: float, left_out: bool
+    timer: Any, change: dict[str, Any], slow: float, left_out: bool
 ) -> None:
     timer.ratios |= {QUICK: 0.6, SLOW: slow}
-    arms, other = raced(timer, monkeypatch), replace(SHAPE, **change)
+    arms, other = timer.raced, replace(SHAPE, **change)
     wanted = {SHAPE: int8(), other: int8()}
     found = measure(wanted, ENVIRONMENT, None, thorough=False)
     assert set(found) == {(shape, c.candidate.name, c.kernel.name) for shape in wanted for c in wanted[shape]}
@@ -145,12 +132,10 @@ def test_a_kernel_that_was_hopeless_with_a_like_weight_is_not_raced_again(
     assert arms[0] == arms[1]
 
 
-def test_no_candidate_loses_its_last_kernel_whatever_is_the_best_elsewhere(
-    timer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_candidate_loses_its_last_kernel_whatever_is_the_best_elsewhere(timer: Any) -> None:
     """Of two kernels each is hopeless with one weight: the next weight races those that the nearest one leaves."""
     timer.ratios |= {QUICK: 0.3, SLOW: 0.9}
-    arms = raced(timer, monkeypatch)
+    arms = timer.raced
     sizes = [replace(SHAPE, in_features=n) for n in (16, 80, 160)]  # 80 is nearer to 160
     cache, wanted = PlanCache(), {shape: int8() for shape in sizes}
     first = measure({sizes[0]: int8()}, ENVIRONMENT, cache)
@@ -169,10 +154,10 @@ def test_no_candidate_loses_its_last_kernel_whatever_is_the_best_elsewhere(
     assert arms == [{"none/linear", SLOW}]  # the better one does not take part
 
 
-def test_what_was_left_out_is_not_remembered_as_measured(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_left_out_is_not_remembered_as_measured(timer: Any) -> None:
     timer.ratios |= {QUICK: 0.3, SLOW: 0.9}
     cache, other = PlanCache(), replace(SHAPE, in_features=32)
-    arms, wanted = raced(timer, monkeypatch), {SHAPE: int8(), other: int8()}
+    arms, wanted = timer.raced, {SHAPE: int8(), other: int8()}
     found = measure(wanted, ENVIRONMENT, cache, thorough=False)
     again = measure(wanted, ENVIRONMENT, cache, thorough=False, seconds_left=lambda: 0.0)  # as ranks look it up
     assert again == found

@@ -53,7 +53,7 @@ def test_a_choice_that_holds_stays(timer: Any, caplog: pytest.LogCaptureFixture)
     )
     assert "plan.revalidate(float_model, inputs)" in caplog.text
     assert "plan.revalidate(model, inputs)" in plan_of(apply_plan(model(), plan)).report()
-    timer.races = 0
+    timer.raced.clear()
     float_model = model()
     state = {name: tensor.clone() for name, tensor in float_model.state_dict().items()}
     new = plan.revalidate(float_model, cache=False)
@@ -74,19 +74,12 @@ def test_a_choice_that_holds_stays(timer: Any, caplog: pytest.LogCaptureFixture)
     assert not caplog.text
 
 
-def test_only_the_top_two_and_plain_linear_are_timed(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_top_two_and_plain_linear_are_timed(timer: Any) -> None:
     plan = foreign(timer)
-    raced: list[set[str]] = []
-    race = timing.race
-
-    def watching(arms: Any, **options: Any) -> Any:
-        raced.append({arm.name for arm in arms})
-        return race(arms, **options)
-
-    monkeypatch.setattr(timing, "race", watching)
+    timer.raced.clear()
     new = plan.revalidate(model(), cache=False)
-    assert len(raced) == 3
-    for arms in raced:
+    assert len(timer.raced) == 3
+    for arms in timer.raced:
         assert {arm.partition("/")[0] for arm in arms} == {"none", "int8_dynamic", "int8_weight_only"}
         assert {"none/linear", "int8_dynamic/onednn_u8s8"} <= arms
         assert len(arms) <= 4
@@ -206,7 +199,7 @@ def test_a_plan_that_breaks_its_budget_or_is_slower_as_a_whole_gives_the_float_m
 def test_timings_are_kept_in_the_cache(timer: Any) -> None:
     plan, cache = foreign(timer), PlanCache()
     first = plan.revalidate(model(), cache=cache)
-    timer.races = 0
+    timer.raced.clear()
     again = plan.revalidate(model(), cache=cache)
     assert timer.races == 0
     assert replace(again, planning_seconds={}) == replace(first, planning_seconds={})

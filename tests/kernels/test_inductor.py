@@ -385,9 +385,9 @@ def code_of(model: Callable[..., Any], *args: Tensor) -> str:
     ("candidate", "program", "call"),
     [
         ("int8_dynamic", "1:fused_int8", "linear_writer("),
-        ("int8_dynamic", "1:int_mm", "linear("),
-        ("bf16", "1:linear,7:onednn", "linear("),  # oneDNN's opaque tensors
-        ("int4_g32", "1:tiled_int4,7:dequantize", "linear("),
+        ("int8_dynamic", "1:int_mm", "run_linear("),
+        ("bf16", "1:linear,7:onednn", "run_linear("),  # oneDNN's opaque tensors
+        ("int4_g32", "1:tiled_int4,7:dequantize", "run_linear("),
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
