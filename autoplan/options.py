@@ -285,12 +285,22 @@ def _gate(
 
 
 def _not_faster_than_finer(options: Sequence[Option], candidates: Iterable[Candidate]) -> dict[str, str]:
-    """Candidates that are not faster, by the margin, than one that does the same with finer weights; and why."""
-    us = {option.candidate: option.us for option in options if not option.rejected and option.us is not None}
+    """Candidates that do what another does, with more harm, and are not worth it; and why.
+
+    Faster than smaller groups they have to be by the margin; than more bits, which do several times less harm, surely:
+    their intervals apart.
+    """
+    usable = {option.candidate: option for option in options if not option.rejected}
     found: dict[str, str] = {}
     for candidate in sorted(candidates, key=lambda candidate: len(candidate.finer)):
+        option, wider = usable.get(candidate.name), usable.get(candidate.in_more_bits or "")
+        if option is None or option.us is None:
+            continue
+        if wider and wider.us_low is not None and (option.us_high is None or option.us_high >= wider.us_low):
+            found[candidate.name] = f"not surely faster than {wider.candidate}, whose weights are finer"
+            continue
         for name in candidate.finer:
-            both = candidate.name in us and name in us and name not in found
-            if both and us[candidate.name] > (1 - MARGIN) * us[name]:
+            us = usable[name].us if name in usable and name not in found else None
+            if us is not None and option.us > (1 - MARGIN) * us:
                 found.setdefault(candidate.name, f"not {MARGIN:.0%} faster than {name}, whose weights are finer")
     return found

@@ -81,15 +81,24 @@ def test_groups_that_are_not_faster_than_finer_ones_are_out() -> None:
     assert rejected(0.5, 0.5, 0.5, wants_bytes=True) == ["", "", ""]
 
 
-def test_int4_that_is_not_faster_than_int8_is_out() -> None:
+def test_int4_that_is_not_surely_faster_than_int8_is_out() -> None:
     menu = menu_of((1,), ("int8_weight_only", "int4_g64"))
     (shape,) = options.to_time([menu], "eager")
     found = {(shape, "none", "linear"): Measurement(shape, "none", "linear", 100.0, 1.0, 1.0, 1.0, 8)}
-    for name, kernel in (("int8_weight_only", "dequantize_int8"), ("int4_g64", "dequantize_int4")):
-        found[shape, name, kernel] = Measurement(shape, name, kernel, 100.0, 0.5, 0.5, 0.5, 8)
-    layer = options.with_times(menu, found, options.Rules("eager", {"default": 1.0}))
-    assert layer.option("int4_g64").rejected == "not 2% faster than int8_weight_only, whose weights are finer"
-    assert not layer.option("int8_weight_only").rejected
+    found[shape, "int8_weight_only", "dequantize_int8"] = Measurement(
+        shape, "int8_weight_only", "dequantize_int8", 100.0, 0.5, 0.48, 0.52, 8
+    )
+
+    def rejected(ratio: float, ratio_high: float) -> str:
+        key = (shape, "int4_g64", "dequantize_int4")
+        found[key] = Measurement(*key, 100.0, ratio, ratio, ratio_high, 8)
+        layer = options.with_times(menu, found, options.Rules("eager", {"default": 1.0}))
+        assert not layer.option("int8_weight_only").rejected
+        return layer.option("int4_g64").rejected
+
+    assert rejected(0.5, 0.5) == "not surely faster than int8_weight_only, whose weights are finer"
+    assert rejected(0.45, 0.48) == "not surely faster than int8_weight_only, whose weights are finer"
+    assert rejected(0.45, 0.47) == ""
 
 
 def test_both_modes_are_timed_once_and_under_their_own_names() -> None:

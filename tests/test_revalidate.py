@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoplan import Budget, Plan, PlanCache, apply_plan, autoplan, make_plan, plan_of, record, timing
+from autoplan import Budget, Plan, PlanCache, apply_plan, autoplan, make_plan, plan_of, record
 from autoplan.errors import AutoplanError, CandidateError, PlanMismatchError
 
 LOOSE = Budget(divergence=0.5)

@@ -21,8 +21,9 @@ class Candidate(ABC):
     A subclass sets `name`, `tensors` (the names of the canonical tensors, in order) and `kernels` (the kernels that can
     run it, the most general last), and writes `quantize`. One that leaves `kernels` empty runs its own `linear`. One
     that may run as one candidate at some rows and as another at others, on the same codes, names them in `modes`; its
-    kernels are theirs, timed under their names. `finer` names those that do the same with finer weights, and so less
-    harm: a candidate that is no faster is left out (unless bytes are asked for).
+    kernels are theirs, timed under their names. `finer` names those that do the same with smaller groups of as many
+    bits, `in_more_bits` the one that does it in more bits. Both do less harm: a candidate that is no faster than those,
+    or not surely faster than this one, is left out (unless bytes are asked for).
     """
 
     name: str
@@ -31,6 +32,7 @@ class Candidate(ABC):
     modes: tuple[str, ...] = ()
     group_size: int | None = None
     finer: tuple[str, ...] = ()
+    in_more_bits: str | None = None
 
     def rejects(self, profile: LayerProfile, device: Device) -> str | None:
         """None when a layer of this profile may use the candidate on this device, else the reason."""

@@ -15,14 +15,14 @@ _GROUP_SIZES = (32, 64, 128)
 class Int4Grouped(Candidate):
     """W4A16: asymmetric int4, a bfloat16 scale and an integer zero point per group, ranges clipped by search."""
 
-    prefix, same_in_int8 = "int4", "int8_weight_only"
+    prefix, in_more_bits = "int4", "int8_weight_only"
     tensors = ("codes", "scale", "zero_point")
     kernels: tuple[str, ...] = ("tiled_int4", "int4pack", "w4_gemm_small", "tinygemm", "dequantize_int4")
 
     def __init__(self, group_size: int) -> None:
         self.name = f"{self.prefix}_g{group_size}"
         self.group_size = group_size
-        self.finer = (self.same_in_int8, *(f"{self.prefix}_g{size}" for size in _GROUP_SIZES if size < group_size))
+        self.finer = tuple(f"{self.prefix}_g{size}" for size in _GROUP_SIZES if size < group_size)
 
     def quantize(self, weight: Tensor) -> Canonical:
         return quantize_int4_fast(weight, self.group_size or weight.shape[1])
@@ -31,7 +31,7 @@ class Int4Grouped(Candidate):
 class Int4Dynamic(Int4Grouped):
     """W4A8: the same weights; int8 activations whose scale is each row's absmax / 127, found at each call."""
 
-    prefix, same_in_int8 = "int4_dynamic", "int8_dynamic"
+    prefix, in_more_bits = "int4_dynamic", "int8_dynamic"
     kernels = ("fused_int4",)
 
     def linear(self, x: Tensor, canonical: Canonical, bias: Tensor | None) -> Tensor:

@@ -345,7 +345,7 @@ PEERS = (
     Peer("autoplan balanced, given bfloat16", autoplan("balanced", BF16), ["minilm-32x64", "language-model", "vit"]),
     Peer("autoplan high, given bfloat16", autoplan("high", BF16)),
     Peer("bfloat16 eager", plain(BF16, compiled=False)),
-    Peer("float32 compiled", plain(F32, compiled=True), [*ENCODERS, "layers"]),
+    Peer("float32 compiled", plain(F32, compiled=True), ["minilm-32x64", "minilm-1x16", "layers"]),
     Peer("bfloat16 compiled", plain(BF16, compiled=True), TABLES),
     Peer("autocast bfloat16 compiled", autocast),
     Peer("quantize_dynamic", quantize_dynamic),

@@ -266,7 +266,7 @@ def vit(quick: bool) -> Workload:
         return [{"pixel_values": torch.randn(8, 3, side, side, generator=generator)} for _ in range(count)]
 
     scenario = Scenario("batch 8", images(1, CALIBRATION), images(2, 4), 8, "images")
-    return Workload("vit", "vit", torch.float32, seeded(make), [scenario], relative_error, together=6)
+    return Workload("vit", "vit", torch.float32, seeded(make), [scenario], relative_error, together=8)
 
 
 def layer(out_features: int, in_features: int, rows: int) -> Workload:
