@@ -267,54 +267,83 @@ void run_few(const void* x, const Weight& w, Epilogue e, int64_t rows, int64_t i
 
 #ifdef __AMX_INT8__
 
-// A panel times STREAMS columns, on tiles: sums are in 0 to 3, activations in 4, weights in 5.
-template <int STREAMS>
-void multiply_panel(const char* panel, const Int8Weight& w, int64_t column, int64_t apart, int32_t (*sums)[16][16]) {
-  const int64_t column_bytes = w.strip_bytes / 2;
-  const char* own = w.tiles + column * column_bytes;
-  apart *= column_bytes;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t k = 0; k < column_bytes; k += TILE) {
-    _tile_loadd(4, panel + k, 64);
-    for (int s = 0; s < STREAMS; s++)
-      for (int64_t line = 0; line < TILE; line += 64) _mm_prefetch(own + s * apart + k + AHEAD + line, _MM_HINT_T0);
-    _tile_loadd(5, own + k, 64);
-    _tile_dpbssd(0, 4, 5);
-    if (STREAMS < 4) continue;
-    _tile_loadd(6, own + apart + k, 64);
-    _tile_loadd(7, own + 2 * apart + k, 64);
-    _tile_loadd(5, own + 3 * apart + k, 64);
-    _tile_dpbssd(1, 4, 6);
-    _tile_dpbssd(2, 4, 7);
-    _tile_dpbssd(3, 4, 5);
+// The products of one thread with one panel, four columns of 16 output channels side by side. The last ones are scaled and
+// stored while tiles take the next. Each thread quantizes all rows for itself: that takes less time than waiting for the
+// other threads and fetching from their caches what they have just written.
+template <int DTYPE>
+class PanelProducts {
+ public:
+  PanelProducts(const void* x, const Int8Weight& w, const Epilogue& e, int64_t rows, int64_t in_features)
+      : e_(e), tiles_(w.tiles), rows_(rows), column_bytes_(w.strip_bytes / 2) {
+    panel_ = scratch(column_bytes_ + rows * 4);
+    float* const row_scale = (float*)(panel_ + column_bytes_);
+    for (int64_t r = 0; r < rows; r++)
+      quantize<DTYPE, false>(x, r, in_features, panel_ + r * 64, TILE, 0, row_scale + r);
+    e_.row_scale = row_scale;
+    product_begin();
   }
-  _tile_stored(0, sums[0], 64);
-  if (STREAMS < 4) return;
-  _tile_stored(1, sums[1], 64);
-  _tile_stored(2, sums[2], 64);
-  _tile_stored(3, sums[3], 64);
-}
+
+  ~PanelProducts() {
+    store(count_);
+    product_end();
+  }
+
+  // With STREAMS columns, 1 or 4, `apart` columns from each other: sums are in tiles 0 to 3, activations in 4.
+  template <int STREAMS>
+  void operator()(std::integral_constant<int, STREAMS>, int64_t column, int64_t apart) {
+    const char* const own = tiles_ + column * column_bytes_;
+    const int64_t next = apart * column_bytes_;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < column_bytes_; k += TILE) {
+      for (int s = 0; s < STREAMS; s++)
+        for (int64_t line = 0; line < TILE; line += 64) _mm_prefetch(own + s * next + k + AHEAD + line, _MM_HINT_T0);
+      _tile_loadd(4, panel_ + k, 64);
+      _tile_loadd(5, own + k, 64);
+      _tile_dpbssd(0, 4, 5);
+      if (STREAMS == 4) {
+        _tile_loadd(6, own + next + k, 64);
+        _tile_loadd(7, own + 2 * next + k, 64);
+        _tile_loadd(5, own + 3 * next + k, 64);
+        _tile_dpbssd(1, 4, 6);
+        _tile_dpbssd(2, 4, 7);
+        _tile_dpbssd(3, 4, 5);
+      }
+      store((k + TILE) * count_ / column_bytes_);
+    }
+    turn_ = 1 - turn_;
+    _tile_stored(0, sums_[turn_][0], 64);
+    if (STREAMS == 4) {
+      _tile_stored(1, sums_[turn_][1], 64);
+      _tile_stored(2, sums_[turn_][2], 64);
+      _tile_stored(3, sums_[turn_][3], 64);
+    }
+    stored_ = 0, count_ = STREAMS, column_ = column, apart_ = apart;
+  }
+
+ private:
+  // The last columns, as many as that in all.
+  inline __attribute__((always_inline)) void store(int64_t count) {
+    for (; stored_ < count; stored_++)
+      store_column<DTYPE>(e_, 0, rows_, rows_, column_ + stored_ * apart_, [&](int64_t r) {
+        return _mm512_cvtepi32_ps(_mm512_load_si512(sums_[turn_][stored_][r]));
+      });
+  }
+
+  Epilogue e_;
+  const char* const tiles_;
+  const int64_t rows_, column_bytes_;
+  char* panel_;
+  alignas(64) int32_t sums_[2][4][16][16];
+  int turn_ = 0;
+  int64_t stored_ = 0, count_ = 0, column_ = 0, apart_ = 0;  // of the last columns
+};
 
 template <int DTYPE>
-void run_panel(const void* x, const Int8Weight& w, Epilogue e, int64_t rows, int64_t in_features, int threads) {
-  char* const panel = scratch(w.strip_bytes / 2 + rows * 4);
-  float* const row_scale = (float*)(panel + w.strip_bytes / 2);
-  for (int64_t r = 0; r < rows; r++)
-    quantize<DTYPE, false>(x, r, in_features, panel + r * 64, TILE, 0, row_scale + r);
-  e.row_scale = row_scale;
-  by_columns<4>(e, threads, [&](auto streams, int64_t column, int64_t apart) {
-    constexpr int STREAMS = decltype(streams)::value;
-    alignas(64) int32_t sums[STREAMS][16][16];
-    product_begin();
-    multiply_panel<STREAMS>(panel, w, column, apart, sums);
-    product_end();
-    for (int s = 0; s < STREAMS; s++)
-      store_column<DTYPE>(e, 0, rows, rows, column + s * apart,
-                          [&](int64_t r) { return _mm512_cvtepi32_ps(_mm512_load_si512(sums[s][r])); });
-  });
+void run_panel(const void* x, const Int8Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
+  by_columns<4>(e, threads, [&] { return PanelProducts<DTYPE>(x, w, e, rows, in_features); });
 }
 
 #endif

@@ -246,14 +246,15 @@ static inline void multiply_columns(const Epilogue& e, int64_t row, int64_t rows
     if (row < rows) multiply_columns<DTYPE, COUNT / 2, STREAMS>(e, row, rows, column, apart, sums);
 }
 
-// Each thread takes output channels, STREAMS columns at a time: `multiplied(streams, column, apart)`.
-template <int STREAMS, class Multiplied>
-static inline void by_columns(const Epilogue& e, int threads, const Multiplied& multiplied) {
+// Each thread takes output channels, STREAMS columns at a time: `begin()(streams, column, apart)`, begun once by each.
+template <int STREAMS, class Begin>
+static inline void by_columns(const Epilogue& e, int threads, const Begin& begin) {
   const int64_t columns = ceil_div(e.out_features, 16);
 #pragma omp parallel num_threads(threads)
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
     const int64_t first = columns * thread / team, end = columns * (thread + 1) / team, apart = (end - first) / STREAMS;
+    auto&& multiplied = begin();
     for (int64_t c = first; c < first + apart; c++) multiplied(std::integral_constant<int, STREAMS>(), c, apart);
     for (int64_t c = first + apart * STREAMS; c < end; c++) multiplied(std::integral_constant<int, 1>(), c, 0);
   }
@@ -262,9 +263,10 @@ static inline void by_columns(const Epilogue& e, int threads, const Multiplied& 
 // Weights are read once for COUNT rows or fewer.
 template <int DTYPE, int COUNT, int STREAMS, class Sums>
 static inline void multiply_few(const Epilogue& e, int64_t rows, int threads, const Sums& sums) {
-  by_columns<STREAMS>(e, threads, [&](auto streams, int64_t column, int64_t apart) {
+  const auto multiplied = [&](auto streams, int64_t column, int64_t apart) {
     multiply_columns<DTYPE, COUNT, decltype(streams)::value>(e, 0, rows, column, apart, sums);
-  });
+  };
+  by_columns<STREAMS>(e, threads, [&]() -> const auto& { return multiplied; });
 }
 
 constexpr int64_t STREAMED = 512 << 10;  // bytes of output that leave nothing else in the second-level cache
