@@ -5,6 +5,9 @@ takes it into the layer, so that the output is written once, where otherwise it 
 again. Kernels that cannot are left to Inductor, which fuses the function with its other neighbours. Inductor has taken
 functions apart by then. What a function looks like is found by having it taken apart as well.
 
+Norms: where all that the output of a layer is used for is to be added to a residual and normalized (as BERT does), the
+kernel does that to rows while they are in a cache.
+
 Pieces: the product of siblings is written piece by piece, each with its bias, as each layer would have written its own.
 Otherwise it would be read and written again to have pieces that are contiguous and have a bias.
 
@@ -32,6 +35,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple, cast, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from autoplan.kernels import ops
@@ -69,14 +73,14 @@ def _rewrite_graphs() -> None:
     patterns: Any = sys.modules[_POST_GRAD].pass_patterns[0]
 
     def fits(match: Any) -> bool:
-        *_, program, _, _, activation, pieces = match.output_node().args
-        return activation == "none" and not pieces and ops.writes_in_place(program)
+        *_, program, _, _, activation, pieces, _, eps = match.output_node().args
+        return activation == "none" and not pieces and eps is None and ops.writes_in_place(program)
 
-    @register_graph_pattern(CallFunction(_LINEAR, *[Arg() for _ in range(8)]), extra_check=fits, pass_dict=patterns)
-    def replace(match: Any, *_: Any) -> None:
+    @register_graph_pattern(CallFunction(_LINEAR, *[Arg() for _ in range(10)]), extra_check=fits, pass_dict=patterns)
+    def replace(match: Any, *_: Any) -> None:  # later layers first
         layer = match.output_node()
         fuse(layer)
-        if not join(layer):
+        if not (normalize(layer) or join(layer)):
             split(layer)
 
 
@@ -104,7 +108,7 @@ def fuse(layer: fx.Node) -> None:
             between = [n for n in within if n is not node]
             if any(use not in within for n in between for use in n.users):
                 return
-            layer.args = (*layer.args[:6], name, [])
+            layer.args = (*layer.args[:6], name, *layer.args[7:])
             node.replace_all_uses_with(output)
             for gone in reversed([*between[1:], node]):
                 node.graph.erase_node(gone)
@@ -132,24 +136,92 @@ def _said(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
 def _looks(dtype: torch.dtype) -> dict[str, str]:
     """{what the last node of a function computes: the function's name}, as this Inductor takes them apart."""
     try:
-        return {_taken_apart(function, dtype): name for name, function in ops.ACTIVATIONS.items() if name != "none"}
+        y = torch.ones(2, 2, dtype=dtype)
+        return {_taken_apart(function, y): name for name, function in ops.ACTIVATIONS.items() if name != "none"}
     except Exception as error:  # private parts of torch, which come and go: without fusion, then
         _logger.info("activation functions are not taken into layers: %s: %s", type(error).__name__, error)
         return {}
 
 
-def _taken_apart(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> str:
+def _taken_apart(function: Callable[..., Tensor], *tensors: Tensor) -> str:
+    """What it computes of these, of which the first is called y, the others 0, 1, ..."""
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with torch.no_grad():
-        traced = make_fx(function, select_decomp_table())(torch.ones(2, 2, dtype=dtype))
+        traced = make_fx(function, select_decomp_table())(*tensors)
     names: dict[fx.Node, str] = {}
     for node in traced.graph.nodes:
         if node.op == "output":
             break
-        names[node] = "y" if node.op == "placeholder" else _said(node, names)
+        names[node] = (str(len(names) - 1) if names else "y") if node.op == "placeholder" else _said(node, names)
     return names[node.args[0]]
+
+
+# Norms.
+
+
+def normalize(layer: fx.Node) -> bool:
+    """Have a layer add the residual and do the layer norm that come after it, if that is all that becomes of it."""
+    output = _output(layer)
+    residual, total = _sum(output)
+    if residual is None or total is None or not isinstance(layer.meta["val"].shape[0], int):
+        return False
+    shape, dtype = output.meta["val"].shape, output.meta["val"].dtype
+    within, given, numbers = {total: "y"}, dict[fx.Node, str](), []
+    for node in _following(total):
+        inputs = node.all_input_nodes
+        others = [source for source in inputs if source not in within]
+        if len(inputs) == len(others) or any(source.meta["val"].shape != shape[-1:] for source in others):
+            continue
+        for source in others:
+            given.setdefault(source, str(len(given)))
+        numbers += [number for number in node.args if isinstance(number, float)]
+        within[node] = _said(node, {**within, **given})
+        for eps in numbers:
+            if within[node] == _look_of_norm(dtype, len(shape), shape[-1], eps):
+                return _take_norm(layer, [residual, *given], eps, list(within))
+    return False
+
+
+def _sum(output: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """What is added to an output, and the sum, if that is all that becomes of it."""
+    total = next(iter(output.users))
+    if len(output.users) > 1 or total.target is not torch.ops.aten.add.Tensor or total.kwargs:
+        return None, None
+    residual = total.args[1] if total.args[0] is output else total.args[0]
+    if not isinstance(residual, fx.Node) or residual is output:
+        return None, None
+    value, own = residual.meta["val"], output.meta["val"]
+    return (residual, total) if (value.shape, value.dtype) == (own.shape, own.dtype) else (None, None)
+
+
+def _take_norm(layer: fx.Node, norm: list[fx.Node], eps: float, within: list[fx.Node]) -> bool:
+    *between, last = within
+    if any(use not in within for node in between for use in node.users):
+        return False
+    if {node.meta["val"].dtype for node in norm} != {layer.meta["val"].dtype}:
+        return False
+    output = _output(layer)
+    with last.graph.inserting_before(last):
+        own = _call(last.graph, _LINEAR, *layer.args[:8], norm, eps)
+        if output is not layer:
+            own = _call(last.graph, torch.ops.aten.reshape.default, own, list(output.meta["val"].shape))
+    last.replace_all_uses_with(own)
+    for gone in [last, *reversed(between), *([output] if output is not layer else []), layer]:
+        last.graph.erase_node(gone)
+    return True
+
+
+@functools.cache
+def _look_of_norm(dtype: torch.dtype, dimensions: int, features: int, eps: float) -> str:
+    """What the last node of a layer norm computes, as this Inductor takes it apart."""
+    y, weight = torch.ones([2] * (dimensions - 1) + [features], dtype=dtype), torch.ones(features, dtype=dtype)
+    try:
+        return _taken_apart(lambda y, w, b: F.layer_norm(y, (features,), w, b, eps), y, weight, weight.clone())
+    except Exception as error:  # as for activation functions
+        _logger.info("norms are not taken into layers: %s: %s", type(error).__name__, error)
+        return ""
 
 
 # Pieces.
@@ -170,7 +242,7 @@ class _Piece(NamedTuple):
 def split(layer: fx.Node) -> None:
     """Have a layer write its output in pieces, each with its bias, if that is all that becomes of it."""
     args: Any = layer.args
-    x, packed, bias, program, features, dtype, activation, _ = args
+    x, packed, bias, program, features, dtype, activation, *_ = args
     output, rows = _output(layer), layer.meta["val"].shape[0]
     found = [_piece(use) for use in output.users]
     pieces = sorted((piece for piece in found if piece is not None), key=attrgetter("start"))
@@ -191,7 +263,7 @@ def split(layer: fx.Node) -> None:
         held = [layer.graph.node_copy(node) if node.op == "get_attr" else node for node in biases]
         joined = call(aten.cat.default, held) if held else None
         sizes = [piece.size for piece in pieces]
-        memory = call(_LINEAR, x, packed, joined, program, features, dtype, activation, sizes)
+        memory = call(_LINEAR, x, packed, joined, program, features, dtype, activation, sizes, [], None)
         memory = call(aten.reshape.default, memory, [rows * features])
         for piece in pieces:
             own = call(aten.slice.Tensor, memory, 0, rows * piece.start, rows * (piece.start + piece.size))
@@ -242,8 +314,10 @@ def join(layer: fx.Node) -> bool:
     then = next(iter(chain[-1].users))
     if len(chain[-1].users) > 1 or then.target is not _LINEAR or then.args[0] is not chain[-1]:
         return False
-    x, packed, bias, program, _, dtype, activation, _ = cast("Any", layer.args)
-    _, then_packed, then_bias, then_program, features, then_dtype, then_activation, pieces = cast("Any", then.args)
+    x, packed, bias, program, _, dtype, activation, *_ = cast("Any", layer.args)
+    _, then_packed, then_bias, then_program, features, then_dtype, then_activation, pieces, *norm = cast(
+        "Any", then.args
+    )
     value = layer.meta["val"]
     rows = value.shape[0]
     if not isinstance(rows, int) or {x.meta["val"].dtype, dtype, then_dtype} != {dtype}:
@@ -258,7 +332,7 @@ def join(layer: fx.Node) -> bool:
     if not all(isinstance(size, int) for size in sizes) or not kernel.pair.pays(rows, sum(sizes)):
         return False
     with then.graph.inserting_before(then):
-        arguments = (x, held[0], bias, activation, held[1], then_bias, kernel.name, features)
+        arguments = (x, held[0], bias, activation, held[1], then_bias, kernel.name, features, *norm)
         then.replace_all_uses_with(_call(then.graph, _PAIR, *arguments))
     for node in (then, *reversed(chain)):
         node.graph.erase_node(node)
@@ -318,34 +392,47 @@ def _call_directly() -> None:
         dtype: torch.dtype,
         activation: str,
         pieces: Sequence[int],
+        norm: Sequence[Any],
+        eps: float | None,
     ) -> Any:
         x = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
         if V.graph.cpp_wrapper or x.get_device().type != "cpu" or x.get_dtype() != dtype:
-            return as_op(x, packed, bias, program, out_features, dtype, activation, pieces)
+            return as_op(x, packed, bias, program, out_features, dtype, activation, pieces, norm, eps)
         layout = ir.FixedLayout(x.get_device(), dtype, [x.get_size()[0], out_features])
         others = [ir.ExternKernel.realize_input(tensor) for tensor in ([*packed] if bias is None else [*packed, bias])]
         if not ops.writes_in_place(program):
             settings = {"has_bias": bias is not None, "program": program, "activation": activation}
             settings |= {"pieces": tuple(pieces), "out_features": out_features, "dtype": dtype}
             return ir.TensorBox.create(Returning(layout, [x, *others], (), settings, "autoplan_inductor.run_linear"))
+        others += [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(tensor)) for tensor in norm]
         x, rows = memory(x)
         bias_dtype = None if bias is None else str(bias.get_dtype())
-        how = (program, str(dtype), bias_dtype, activation, tuple(pieces), rows)
+        how = (program, str(dtype), bias_dtype, activation, tuple(pieces), rows, eps)
         return into(layout, [x, *others], "linear_writer", *how)
 
     def lower_pair(
-        x: Any, packed: Any, bias: Any, activation: str, then: Any, then_bias: Any, kernel: str, out_features: int
+        x: Any,
+        packed: Any,
+        bias: Any,
+        activation: str,
+        then: Any,
+        then_bias: Any,
+        kernel: str,
+        out_features: int,
+        norm: Sequence[Any],
+        eps: float | None,
     ) -> Any:
         x = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
         if V.graph.cpp_wrapper or x.get_device().type != "cpu":
-            return pair_as_op(x, packed, bias, activation, then, then_bias, kernel, out_features)
+            return pair_as_op(x, packed, bias, activation, then, then_bias, kernel, out_features, norm, eps)
         dtype = x.get_dtype()
         layout = ir.FixedLayout(x.get_device(), dtype, [x.get_size()[0], out_features])
         biases = [tensor for tensor in (bias, then_bias) if tensor is not None]
         others = [ir.ExternKernel.realize_input(tensor) for tensor in (packed, then, *biases)]
+        others += [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(tensor)) for tensor in norm]
         x, rows = memory(x)
         bias_dtypes = tuple(None if tensor is None else str(tensor.get_dtype()) for tensor in (bias, then_bias))
-        return into(layout, [x, *others], "pair_writer", kernel, str(dtype), activation, bias_dtypes, rows)
+        return into(layout, [x, *others], "pair_writer", kernel, str(dtype), activation, bias_dtypes, rows, eps)
 
     lowering.register_lowering(_LINEAR, type_promotion_kind=None)(lower)
     lowering.register_lowering(_PAIR, type_promotion_kind=None)(lower_pair)
@@ -356,18 +443,29 @@ def _call_directly() -> None:
 
 
 def linear_writer(
-    program: str, dtype: str, bias_dtype: str | None, activation: str, pieces: tuple[int, ...], rows: int | None
+    program: str,
+    dtype: str,
+    bias_dtype: str | None,
+    activation: str,
+    pieces: tuple[int, ...],
+    rows: int | None,
+    eps: float | None,
 ) -> ops.Write:
     """`ops.writer`."""
-    return ops.writer(program, _dtype(dtype), _dtype(bias_dtype), activation, pieces, rows)
+    return ops.writer(program, _dtype(dtype), _dtype(bias_dtype), activation, pieces, rows, eps)
 
 
 def pair_writer(
-    kernel: str, dtype: str, activation: str, bias_dtypes: tuple[str | None, str | None], rows: int | None
+    kernel: str,
+    dtype: str,
+    activation: str,
+    bias_dtypes: tuple[str | None, str | None],
+    rows: int | None,
+    eps: float | None,
 ) -> ops.Write:
     """`ops.pair_writer`."""
     first, then = bias_dtypes
-    return ops.pair_writer(kernel, _dtype(dtype), activation, (_dtype(first), _dtype(then)), rows)
+    return ops.pair_writer(kernel, _dtype(dtype), activation, (_dtype(first), _dtype(then)), rows, eps)
 
 
 @overload

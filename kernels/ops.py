@@ -76,19 +76,20 @@ class Into(Protocol):
         activation: str,
         pieces: tuple[int, ...] = (),
         rows: int | None = None,
+        eps: float | None = None,
     ) -> Write: ...
 
 
 class Pair(NamedTuple):
     """How a kernel runs two layers in one call, the second on what the first one gives.
 
-    `into(dtype, activation, bias_dtypes, rows)` gives the function that does it, of (x, packed, then, *biases,
-    out=...): the weight of the first layer, which `activation` follows, that of the second, and the biases that there
-    are. All else is as in `Kernel.into`. `pays(rows, nbytes)` says whether that is faster than two calls, where both
-    weights take so many bytes.
+    `into(dtype, activation, bias_dtypes, rows, eps)` gives the function that does it, of (x, packed, then, *biases,
+    *norm, out=...): the weight of the first layer, which `activation` follows, that of the second, and the biases that
+    there are. All else is as in `Kernel.into`. `pays(rows, nbytes)` says whether that is faster than two calls, where
+    both weights take so many bytes.
     """
 
-    into: Callable[[torch.dtype, str, tuple[torch.dtype | None, torch.dtype | None], int | None], Write]
+    into: Callable[[torch.dtype, str, tuple[torch.dtype | None, torch.dtype | None], int | None, float | None], Write]
     pays: Callable[[int, int], bool]
 
 
@@ -101,12 +102,13 @@ class Kernel:
     fuse with their neighbours (the matrix product itself stays a custom op), for compiled graphs; all else runs whole
     behind the op `autoplan::linear`.
 
-    `into(dtype, bias_dtype, activation, pieces, rows)`, where a kernel has it, gives a function of (x, *packed, bias,
-    out=...) that writes what `run` returns into `out`, after the function that ACTIVATIONS has under that name; x and
-    out are of `dtype`, and without a `bias_dtype` there is no bias. So whatever does not change from call to call is
-    looked up once. If it gets the sizes of `pieces`, multiples of 32 that sum up to out_features, each piece of so many
-    features lies in `out` by itself, contiguous, one after another. Where the number of rows is given, x may have any
-    shape of so many rows.
+    `into(dtype, bias_dtype, activation, pieces, rows, eps)`, where a kernel has it, gives a function of (x, *packed,
+    *bias, *norm, out=...) that writes what `run` returns into `out`, after the function that ACTIVATIONS has under that
+    name; x and out are of `dtype`, and without a `bias_dtype` there is no bias. So whatever does not change from call
+    to call is looked up once. If it gets the sizes of `pieces`, multiples of 32 that sum up to out_features, each piece
+    of so many features lies in `out` by itself, contiguous, one after another. Where the number of rows is given, x may
+    have any shape of so many rows. With `eps`, `norm` is a residual [rows, out_features], which is added, and the
+    weight and the bias [out_features] of a layer norm that follows, all of `dtype`; without, there is none.
 
     `pair`, where a kernel has it, writes what two layers give, one after the other; their weights are one tensor each.
 
@@ -250,22 +252,27 @@ def run_linear(
     dtype: torch.dtype,
     activation: str = "none",
     pieces: Sequence[int] = (),
+    norm: Sequence[Tensor] = (),
+    eps: float | None = None,
 ) -> Tensor:
     """What `autoplan::linear` computes: the kernel for so many rows on `x` [rows, in_features], then the activation.
 
     [rows, out_features]; with `pieces`, in that shape and memory, [rows, size] for each of the sizes one after another.
+    With `norm` and `eps`, a residual is added and a layer norm follows, as `Kernel` says.
     """
     rows = x.shape[0]
     kernel, own = step(program, rows)
     if rows and kernel.into is None:
         y = ACTIVATIONS[activation](kernel.run(x, packed[own], bias, dtype))
+        if eps is not None:
+            y = F.layer_norm(y + norm[0].view_as(y), (out_features,), norm[1], norm[2], eps)
         return torch.cat([piece.flatten() for piece in y.split(list(pieces), 1)]).view_as(y) if pieces else y
     out = x.new_empty((rows, out_features), dtype=dtype)
     if rows and kernel.into is not None:
         if x.dtype is not dtype:
             x = x.to(dtype)
-        write = kernel.into(dtype, None if bias is None else bias.dtype, activation, tuple(pieces))
-        write(x, *packed[own], bias, out=out)
+        write = kernel.into(dtype, None if bias is None else bias.dtype, activation, tuple(pieces), None, eps)
+        write(x, *packed[own], *([] if bias is None else [bias]), *norm, out=out)
     return out
 
 
@@ -276,6 +283,7 @@ def writer(
     activation: str,
     pieces: tuple[int, ...],
     rows: int | None,
+    eps: float | None,
 ) -> Write:
     """`Kernel.into` of a program that `writes_in_place`: the function runs whichever kernel its rows are for.
 
@@ -286,14 +294,14 @@ def writer(
     for kernel in kernels:
         if kernel.into is None:
             raise KernelError(f"kernel {kernel.name!r} does not write into an output that it is given")
-        writes.append(kernel.into(dtype, bias_dtype, activation, pieces, rows))
+        writes.append(kernel.into(dtype, bias_dtype, activation, pieces, rows, eps))
     if len(writes) == 1:
         return writes[0]
+    held = max(own.stop for own in slices)
 
     def write(x: Tensor, *tensors: Tensor, out: Tensor) -> None:
         i = _place(program, x.shape[0] if rows is None else rows)
-        packed, bias = (tensors, ()) if bias_dtype is None else (tensors[:-1], tensors[-1:])
-        writes[i](x, *packed[slices[i]], *bias, out=out)
+        writes[i](x, *tensors[slices[i]], *tensors[held:], out=out)
 
     return write
 
@@ -304,13 +312,13 @@ def call_linear(
     """`autoplan::linear`, without the 20 us that calling an op takes where no gradient and no tracing needs one."""
     watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
     if watched or torch._C._len_torch_dispatch_stack():
-        y: Tensor = torch.ops.autoplan.linear(x, packed, bias, program, out_features, dtype, "none", [])
+        y: Tensor = torch.ops.autoplan.linear(x, packed, bias, program, out_features, dtype, "none", [], [], None)
         return y
     return run_linear(x, packed, bias, program, out_features, dtype)
 
 
 # The one op that any kernel can run behind. `packed` may hold oneDNN's opaque tensors, hence the second dispatch key.
-# Only Inductor's graphs give it an activation and pieces (see `inductor`), where gradients have been taken care of.
+# Only Inductor's graphs give it an activation, pieces and a norm (see `inductor`): there, nothing needs gradients.
 _LIBRARY = torch.library.Library("autoplan", "FRAGMENT")
 tracing_watchers: list[Callable[[], None]] = []  # are called whenever a graph is traced through it
 
@@ -334,7 +342,7 @@ def _linear_fake(
 
 define_op(
     "linear(Tensor x, Tensor[] packed, Tensor? bias, str program, int out_features, ScalarType dtype, "
-    "str activation, int[] pieces) -> Tensor",
+    "str activation, int[] pieces, Tensor[] norm, float? eps) -> Tensor",
     run_linear,
     _linear_fake,
 )
@@ -346,12 +354,13 @@ def pair_writer(
     activation: str,
     bias_dtypes: tuple[torch.dtype | None, torch.dtype | None],
     rows: int | None,
+    eps: float | None,
 ) -> Write:
     """`Pair.into` of the kernel of that name. Raises KernelError if it has none."""
     pair = find_kernel(kernel).pair
     if pair is None:
         raise KernelError(f"kernel {kernel!r} does not run two layers in one call")
-    return pair.into(dtype, activation, bias_dtypes, rows)
+    return pair.into(dtype, activation, bias_dtypes, rows, eps)
 
 
 def _pair(
@@ -363,19 +372,21 @@ def _pair(
     then_bias: Tensor | None,
     kernel: str,
     out_features: int,
+    norm: Sequence[Tensor],
+    eps: float | None,
 ) -> Tensor:
     out = x.new_empty((x.shape[0], out_features))
     bias_dtypes = (None if bias is None else bias.dtype, None if then_bias is None else then_bias.dtype)
     biases = [tensor for tensor in (bias, then_bias) if tensor is not None]
-    pair_writer(kernel, x.dtype, activation, bias_dtypes, None)(x, packed, then, *biases, out=out)
+    pair_writer(kernel, x.dtype, activation, bias_dtypes, None, eps)(x, packed, then, *biases, *norm, out=out)
     return out
 
 
 define_op(
     "pair(Tensor x, Tensor packed, Tensor? bias, str activation, Tensor then, Tensor? then_bias, str kernel, "
-    "int out_features) -> Tensor",
+    "int out_features, Tensor[] norm, float? eps) -> Tensor",
     _pair,
-    lambda x, *others: x.new_empty((x.shape[0], others[-1])),
+    lambda x, *others: x.new_empty((x.shape[0], others[6])),
 )
 
 
@@ -397,9 +408,9 @@ define_op(
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, packed, bias, program, out_features, _, activation, pieces = inputs
-    if activation != "none" or pieces:
-        how = f"the activation {activation!r}" if activation != "none" else "pieces"
+    x, packed, bias, program, out_features, _, activation, pieces, norm, _ = inputs
+    if activation != "none" or pieces or norm:
+        how = f"the activation {activation!r}" if activation != "none" else "pieces" if pieces else "a norm"
         raise RuntimeError(f"autoplan::linear with {how} is for graphs that need no gradients")
     ctx.packed, ctx.program, ctx.size, ctx.dtype = packed, program, (out_features, x.shape[1]), x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -409,7 +420,7 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     """Straight through: the gradient that a float layer with the dequantized weight would pass on."""
     grad_x = grad.to(ctx.dtype) @ torch.ops.autoplan.dense_weight(ctx.packed, ctx.program, ctx.size, ctx.dtype)
     grad_bias = grad.sum(dim=0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-    return grad_x, [None] * len(ctx.packed), grad_bias, None, None, None, None, []
+    return grad_x, [None] * len(ctx.packed), grad_bias, None, None, None, None, [], [], None
 
 
 torch.library.register_autograd("autoplan::linear", _linear_backward, setup_context=_save_for_backward, lib=_LIBRARY)

@@ -164,13 +164,18 @@ class _Call(ctypes.Structure):
         ("bias_dtype", ctypes.c_int),
         ("activation", ctypes.c_int),
         ("pieces", ctypes.POINTER(ctypes.c_int64)),
+        ("eps", ctypes.c_float),
     )
 
 
 def _call(
-    dtype: torch.dtype, bias_dtype: torch.dtype | None, activation: str, pieces: tuple[int, ...] = ()
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    activation: str,
+    pieces: tuple[int, ...] = (),
+    eps: float | None = None,
 ) -> Any:  # a reference, as ctypes hands it on
-    call = _Call(_CODES[dtype], _CODES[bias_dtype or dtype], _ACTIVATIONS[activation])
+    call = _Call(_CODES[dtype], _CODES[bias_dtype or dtype], _ACTIVATIONS[activation], eps=eps or 0.0)
     if pieces:
         call.pieces = (ctypes.c_int64 * len(pieces))(*pieces)
     return ctypes.byref(call)
@@ -182,16 +187,19 @@ def _pair_into(
     activation: str,
     bias_dtypes: tuple[torch.dtype | None, torch.dtype | None],
     rows: int | None = None,
+    eps: float | None = None,
 ) -> ops.Write:
     run, threads = library().autoplan_int8_pair, torch.get_num_threads
-    call, then_call = _call(dtype, bias_dtypes[0], activation), _call(dtype, bias_dtypes[1], "none")
+    call, then_call = _call(dtype, bias_dtypes[0], activation), _call(dtype, bias_dtypes[1], "none", eps=eps)
     has_bias, then_has_bias = (bias_dtype is not None for bias_dtype in bias_dtypes)
+    count = has_bias + then_has_bias
 
-    def write(x: Tensor, packed: Tensor, then: Tensor, *biases: Tensor, out: Tensor) -> None:
+    def write(x: Tensor, packed: Tensor, then: Tensor, *others: Tensor, out: Tensor) -> None:
         run(
-            call, then_call, x.data_ptr(), packed.data_ptr(), biases[0].data_ptr() if has_bias else None,
-            then.data_ptr(), biases[-1].data_ptr() if then_has_bias else None, out.data_ptr(),
+            call, then_call, x.data_ptr(), packed.data_ptr(), others[0].data_ptr() if has_bias else None,
+            then.data_ptr(), others[count - 1].data_ptr() if then_has_bias else None, out.data_ptr(),
             x.shape[0] if rows is None else rows, threads(),
+            *([tensor.data_ptr() for tensor in others[count:]] or (None, None, None)),
         )  # fmt: skip
 
     return write
@@ -216,17 +224,26 @@ def _register(
         activation: str,
         pieces: tuple[int, ...] = (),
         rows: int | None = None,
+        eps: float | None = None,
     ) -> ops.Write:
         run, threads = getattr(library(), function), torch.get_num_threads
-        call = _call(dtype, bias_dtype, activation, pieces)
+        call = _call(dtype, bias_dtype, activation, pieces, eps)
 
         def write(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, out: Tensor) -> None:
             run(
                 call, x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
-                x.shape[0] if rows is None else rows, threads(),
+                x.shape[0] if rows is None else rows, threads(), None, None, None,
             )  # fmt: skip
 
-        return write
+        def write_normalized(x: Tensor, packed: Tensor, *others: Tensor, out: Tensor) -> None:
+            *biases, residual, weight, shift = others
+            run(
+                call, x.data_ptr(), packed.data_ptr(), biases[0].data_ptr() if biases else None, out.data_ptr(),
+                x.shape[0] if rows is None else rows, threads(),
+                residual.data_ptr(), weight.data_ptr(), shift.data_ptr(),
+            )  # fmt: skip
+
+        return write if eps is None else write_normalized
 
     def run(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         out = torch.empty((x.shape[0], _sizes(packed)[0]), dtype=dtype)

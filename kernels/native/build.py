@@ -24,10 +24,10 @@ _SOURCES = ("dynamic.cpp", "weight_only.cpp", "quantize.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _KERNELS = ("autoplan_int8_dynamic", "autoplan_int4_dynamic", "autoplan_int8_weight", "autoplan_int4_weight")
-# Of a kernel: a Call; x, packed, bias, out; rows, threads
-_KERNEL_TAKES = (_P, _P, _P, _P, _P, _N, _I)
-# A Call for each of two layers; x; packed and bias of each; out; rows, threads
-_PAIR_TAKES = (_P, _P, _P, _P, _P, _P, _P, _P, _N, _I)
+# Of a kernel: a Call; x, packed, bias, out; rows, threads; what a Norm needs
+_KERNEL_TAKES = (_P, _P, _P, _P, _P, _N, _I, _P, _P, _P)
+# A Call for each of two layers; x; packed and bias of each; out; rows, threads; what a Norm needs
+_PAIR_TAKES = (_P, _P, _P, _P, _P, _P, _P, _P, _N, _I, _P, _P, _P)
 # The weight, its dtype, rows, in_features, group size; ratios and their count; codes, scale, zero point; threads
 _QUANTIZE_TAKES = (_P, _I, _N, _N, _N, _P, _N, _P, _P, _P, _I)
 

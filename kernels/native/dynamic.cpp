@@ -1,6 +1,5 @@
 // int8 activations, int8 or int4 weights, in one call: rows quantized as they come, int32 product, scales and bias at its
 // end. int4 weights become int8 ones strip by strip, on the way.
-#include <omp.h>
 #include <unistd.h>
 #include "product.h"
 
@@ -170,8 +169,13 @@ void run_many(const void* x, const Weight& weight, Epilogue e, int64_t rows, int
           products.add(own + (i - origin) * block_bytes, row, count, strip, steps, start);
         }
       }
+      if (by_rows && e.norm.residual) {  // as long as they are in a cache
+        products.finish();
+        normalize<DTYPE>(e, b * BLOCK_ROWS, last * BLOCK_ROWS < rows ? last * BLOCK_ROWS : rows);
+      }
     }
   }
+  if (!by_rows) normalize_rows<DTYPE>(e, rows, threads);
 }
 
 // Few rows: weights are read once, and multiplied as they are. For ROWS rows of codes and STREAMS columns of 16 channels.
@@ -350,15 +354,23 @@ void run_panel(const void* x, const Int8Weight& w, const Epilogue& e, int64_t ro
 
 template <class Weight, int DTYPE>
 void run(const void* x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
-  if (rows <= Weight::FEW_ROWS) return run_few<Weight, DTYPE>(x, w, e, rows, in_features, threads);
 #ifdef __AMX_INT8__
-  if constexpr (!Weight::dealt)
-    if (rows <= 16) return run_panel<DTYPE>(x, w, e, rows, in_features, threads);
+  constexpr bool panel = !Weight::dealt;
+#else
+  constexpr bool panel = false;
 #endif
-  run_many<Weight, DTYPE>(x, w, e, rows, in_features, threads);
+  if (rows <= Weight::FEW_ROWS)
+    run_few<Weight, DTYPE>(x, w, e, rows, in_features, threads);
+  else if (!panel || rows > 16)
+    return run_many<Weight, DTYPE>(x, w, e, rows, in_features, threads);
+#ifdef __AMX_INT8__
+  else if constexpr (panel)
+    run_panel<DTYPE>(x, w, e, rows, in_features, threads);
+#endif
+  normalize_rows<DTYPE>(e, rows, threads);
 }
 
-constexpr int64_t BETWEEN = 448 << 10;  // bytes of what lies between two layers that stay in the second-level cache
+constexpr int64_t BETWEEN = 256 << 10;  // bytes of what lies between two layers that stay in the second-level cache
 
 // Two layers, one after the other: each thread takes rows through both, a group at a time, so that what lies between
 // them neither leaves its caches nor waits for the other threads.
@@ -400,14 +412,15 @@ void run_pair(const void* x, const Packed& first, const Packed& second, Epilogue
       own.y = middle, own.row_scale = row_scale + row;
       multiplied(0, x, 0, own, end - row, row, end);
       multiplied(1, middle, row, after, rows, row, end);
+      if (after.norm.residual) normalize<DTYPE>(after, row, end);
     }
   }
 }
 
 template <class Weight>
 void run_as(const Call& call, const void* x, const Weight& weight, const Packed& packed, const void* bias, void* out, int64_t rows,
-            int threads) {
-  const Epilogue e = {nullptr, weight.scale, bias, call.bias_dtype, out, packed.out_features, 1, call.activation, call.pieces};
+            int threads, const Norm& norm) {
+  const Epilogue e = {nullptr, weight.scale, bias, call.bias_dtype, out, packed.out_features, 1, call.activation, call.pieces, norm};
   threads = team_for(rows, packed.out_features, packed.in_features, threads);
   if (call.dtype == FLOAT32) return run<Weight, FLOAT32>(x, weight, e, rows, packed.in_features, threads);
   if (call.dtype == BFLOAT16) return run<Weight, BFLOAT16>(x, weight, e, rows, packed.in_features, threads);
@@ -421,29 +434,36 @@ extern "C" int autoplan_available() { return product_available(); }
 // Of the second level, of one core.
 extern "C" int64_t autoplan_cache_bytes() { return sysconf(_SC_LEVEL2_CACHE_SIZE); }
 
-// out = activation(x [rows, in_features] times the weight, plus the bias or null), as Epilogue says.
+// out = activation(x [rows, in_features] times the weight, plus the bias or null), as Epilogue says; then, unless the
+// residual is null, what Norm says.
 extern "C" void autoplan_int8_dynamic(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
-                                      int64_t rows, int threads) {
-  if (rows) run_as(*call, x, int8_weight(*packed), *packed, bias, out, rows, threads);
+                                      int64_t rows, int threads, const void* residual, const void* norm_weight,
+                                      const void* norm_bias) {
+  const Norm norm = {residual, norm_weight, norm_bias, call->eps};
+  if (rows) run_as(*call, x, int8_weight(*packed), *packed, bias, out, rows, threads, norm);
 }
 
 // The same, in groups of `group_size`, a multiple of 16 that divides in_features.
 extern "C" void autoplan_int4_dynamic(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
-                                      int64_t rows, int threads) {
+                                      int64_t rows, int threads, const void* residual, const void* norm_weight,
+                                      const void* norm_bias) {
   const int64_t strip_bytes = ceil_div(packed->in_features, 64) * 2 * TILE;
   const Int4Weight weight = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(),
                              packed->in_features, packed->group_size, strip_bytes, packed->channel_scale()};
-  if (rows) run_as(*call, x, weight, *packed, bias, out, rows, threads);
+  const Norm norm = {residual, norm_weight, norm_bias, call->eps};
+  if (rows) run_as(*call, x, weight, *packed, bias, out, rows, threads, norm);
 }
 
 // The first layer with its activation, then the second one: both int8, dynamic. Each thread takes rows.
 extern "C" void autoplan_int8_pair(const Call* call, const Call* then_call, const void* x, const Packed* packed, const void* bias,
-                                   const Packed* then, const void* then_bias, void* out, int64_t rows, int threads) {
+                                   const Packed* then, const void* then_bias, void* out, int64_t rows, int threads,
+                                   const void* residual, const void* norm_weight, const void* norm_bias) {
   if (!rows) return;
   const Epilogue e = {nullptr, (const float*)packed->scale(), bias, call->bias_dtype, nullptr, packed->out_features, 1,
-                      call->activation, nullptr};
+                      call->activation, nullptr, {}};
+  const Norm norm = {residual, norm_weight, norm_bias, then_call->eps};
   const Epilogue after = {nullptr, (const float*)then->scale(), then_bias, then_call->bias_dtype, out, then->out_features, 1,
-                          then_call->activation, nullptr};
+                          then_call->activation, nullptr, norm};
   const auto run = call->dtype == FLOAT32 ? run_pair<FLOAT32> : call->dtype == BFLOAT16 ? run_pair<BFLOAT16> : run_pair<FLOAT16>;
   run(x, *packed, *then, e, after, rows, threads);
 }

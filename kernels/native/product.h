@@ -8,6 +8,8 @@
 //   panel  16 rows x all of in_features      steps tiles       block  32 rows = two panels
 //   strip  32 output channels                2 x steps tiles
 #pragma once
+#include <math.h>
+#include <omp.h>
 #include <type_traits>
 #include "simd.h"
 #ifdef __AMX_INT8__
@@ -179,6 +181,14 @@ static inline void multiply(const char* block, int64_t rows, const char* strip, 
 struct Call {
   int dtype, bias_dtype, activation;  // of x and out; of the bias, if there is one
   const int64_t* pieces;              // as Epilogue says
+  float eps;                          // as Norm says
+};
+
+// What comes after whole rows, if there is a residual: y = (y + residual - mean) / sqrt(variance + eps) * weight + bias,
+// with the mean and the variance of each row (Ba, Kiros and Hinton, "Layer Normalization", arXiv:1607.06450).
+struct Norm {
+  const void *residual, *weight, *bias;  // [rows, out_features] and [out_features], in the dtype of y
+  float eps;
 };
 
 // What becomes of products: y = activation(product * row_scale * scale * unit + bias), in the dtype of y.
@@ -192,6 +202,7 @@ struct Epilogue {
   float unit;  // another factor of scale
   int activation;
   const int64_t* pieces;  // sizes, multiples of STRIP that sum up to out_features; or null
+  Norm norm;
 };
 
 static inline __m512 scale_of(const Epilogue& e, int64_t channel, __mmask16 mask) {
@@ -269,6 +280,53 @@ static inline void multiply_few(const Epilogue& e, int64_t rows, int threads, co
   by_columns<STREAMS>(e, threads, [&]() -> const auto& { return multiplied; });
 }
 
+static inline float total(const __m512 (&of)[4]) {
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(of[0], of[1]), _mm512_add_ps(of[2], of[3])));
+}
+
+// The rows from `first` to `end`, whose products are in y: in place, in float32 between.
+template <int DTYPE>
+static inline void normalize(const Epilogue& e, int64_t first, int64_t end) {
+  const int64_t n = e.out_features, whole = n / 64 * 64;
+  float* const line = (float*)scratch<1>(ceil_div(n, 16) * 64);
+  for (int64_t at = first * n; at < end * n; at += n) {
+    __m512 sums[4] = {}, squares[4] = {};
+    const auto sum = [&](int64_t c, __mmask16 mask, int lane) {
+      const __m512 y = _mm512_add_ps(load<DTYPE>(e.y, at + c, mask), load<DTYPE>(e.norm.residual, at + c, mask));
+      _mm512_store_ps(line + c, y);
+      sums[lane] = _mm512_add_ps(sums[lane], y);
+    };
+    for (int64_t c = 0; c < whole; c += 64)
+      for (int lane = 0; lane < 4; lane++) sum(c + 16 * lane, 0xffff, lane);
+    for (int64_t c = whole; c < n; c += 16) sum(c, lanes(n - c), 0);
+    const __m512 mean = _mm512_set1_ps(total(sums) / n);
+    const auto square = [&](int64_t c, __mmask16 mask, int lane) {
+      const __m512 y = _mm512_maskz_sub_ps(mask, _mm512_load_ps(line + c), mean);
+      squares[lane] = _mm512_fmadd_ps(y, y, squares[lane]);
+    };
+    for (int64_t c = 0; c < whole; c += 64)
+      for (int lane = 0; lane < 4; lane++) square(c + 16 * lane, 0xffff, lane);
+    for (int64_t c = whole; c < n; c += 16) square(c, lanes(n - c), 0);
+    const __m512 factor = _mm512_set1_ps(1 / sqrtf(total(squares) / n + e.norm.eps));
+    for (int64_t c = 0; c < n; c += 16) {
+      const __mmask16 mask = lanes(n - c);
+      const __m512 y = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(line + c), mean), factor);
+      store<DTYPE>(e.y, at + c, mask, _mm512_fmadd_ps(y, load<DTYPE>(e.norm.weight, c, mask), load<DTYPE>(e.norm.bias, c, mask)));
+    }
+  }
+}
+
+// All rows, if that is asked for.
+template <int DTYPE>
+static inline void normalize_rows(const Epilogue& e, int64_t rows, int threads) {
+  if (!e.norm.residual) return;
+#pragma omp parallel num_threads(team_for(rows, e.out_features, 8, threads))
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    normalize<DTYPE>(e, rows * thread / team, rows * (thread + 1) / team);
+  }
+}
+
 constexpr int64_t STREAMED = 512 << 10;  // bytes of output that leave nothing else in the second-level cache
 
 // The products of one thread. Each is scaled and stored while the next one is multiplied: tiles and vectors are
@@ -280,15 +338,19 @@ class Products {
   Products(const Epilogue& e, int64_t rows)
       : e_(e),
         rows_(rows),
-        streams_(rows * e.out_features * bytes_of(DTYPE) >= STREAMED && e.out_features % STRIP == 0 && (uintptr_t)e.y % 64 == 0) {
+        streams_(rows * e.out_features * bytes_of(DTYPE) >= STREAMED && e.out_features % STRIP == 0 &&
+                 (uintptr_t)e.y % 64 == 0 && !e.norm.residual) {
     product_begin();
   }
 
   ~Products() {
-    finish(left_);
+    finish();
     product_end();
     if (streams_) _mm_sfence();
   }
+
+  // Store what has been added.
+  void finish() { finish(left_); }
 
   // From here on products are for the 32 output channels from `first`.
   void channels(int64_t first) {

@@ -176,7 +176,9 @@ static inline float absmax(const void* from, int64_t at, int64_t count) {
   return _mm512_cvtss_f32(load<DTYPE>(&bits, 0, 1));
 }
 
-// Scratch memory of the calling thread, kept between calls: fresh pages cost more than the work done in them.
+// Scratch memory of the calling thread, kept between calls: fresh pages cost more than the work done in them. There is
+// another one under another number.
+template <int NUMBER = 0>
 static inline char* scratch(int64_t bytes) {
   struct Buffer {
     char* at = nullptr;

@@ -180,15 +180,19 @@ constexpr int64_t FEW_ROWS = 6;
 
 template <class Kind, int DTYPE>
 void run(const void* x, const Weight& w, Epilogue e, int64_t rows, int64_t in_features, int threads) {
-  if (rows <= FEW_ROWS) return run_few<Kind, DTYPE>(x, w, e, rows, in_features, threads);
-  if (!w.zero_point) e.scale = (const float*)w.scale, e.unit = Kind::unit;
-  run_many<Kind, DTYPE>(x, w, e, rows, in_features, threads);
+  if (rows <= FEW_ROWS) {
+    run_few<Kind, DTYPE>(x, w, e, rows, in_features, threads);
+  } else {
+    if (!w.zero_point) e.scale = (const float*)w.scale, e.unit = Kind::unit;
+    run_many<Kind, DTYPE>(x, w, e, rows, in_features, threads);
+  }
+  normalize_rows<DTYPE>(e, rows, threads);
 }
 
 template <class Kind>
 void run_as(const Call& call, const void* x, const Weight& w, const Packed& packed, const void* bias, void* out, int64_t rows,
-            int threads) {
-  const Epilogue e = {nullptr, nullptr, bias, call.bias_dtype, out, packed.out_features, 1, call.activation, call.pieces};
+            int threads, const Norm& norm) {
+  const Epilogue e = {nullptr, nullptr, bias, call.bias_dtype, out, packed.out_features, 1, call.activation, call.pieces, norm};
   threads = team_for(rows, packed.out_features, packed.in_features, threads);
   if (call.dtype == FLOAT32) return run<Kind, FLOAT32>(x, w, e, rows, packed.in_features, threads);
   if (call.dtype == BFLOAT16) return run<Kind, BFLOAT16>(x, w, e, rows, packed.in_features, threads);
@@ -199,15 +203,19 @@ void run_as(const Call& call, const void* x, const Weight& w, const Packed& pack
 
 // As autoplan_int8_dynamic.
 extern "C" void autoplan_int8_weight(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
-                                     int64_t rows, int threads) {
+                                     int64_t rows, int threads, const void* residual, const void* norm_weight,
+                                     const void* norm_bias) {
   const int64_t padded = ceil_div(packed->in_features, 64) * 64;
   const Weight w = {packed->codes(), packed->scale(), nullptr, padded, padded};
-  if (rows) run_as<Int8Weight>(*call, x, w, *packed, bias, out, rows, threads);
+  const Norm norm = {residual, norm_weight, norm_bias, call->eps};
+  if (rows) run_as<Int8Weight>(*call, x, w, *packed, bias, out, rows, threads, norm);
 }
 
 // The same, in groups of `group_size`, a multiple of 16 that divides in_features.
 extern "C" void autoplan_int4_weight(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
-                                     int64_t rows, int threads) {
+                                     int64_t rows, int threads, const void* residual, const void* norm_weight,
+                                     const void* norm_bias) {
   const Weight w = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(), packed->in_features, packed->group_size};
-  if (rows) run_as<Int4Weight>(*call, x, w, *packed, bias, out, rows, threads);
+  const Norm norm = {residual, norm_weight, norm_bias, call->eps};
+  if (rows) run_as<Int4Weight>(*call, x, w, *packed, bias, out, rows, threads, norm);
 }

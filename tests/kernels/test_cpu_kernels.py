@@ -158,7 +158,7 @@ def test_the_linear_op_passes_opcheck() -> None:
     for name in ("linear", "dequantize_int8", "int8pack", "dequantize_int4"):
         kernel = find_kernel(name)
         packed = kernel.layout.pack(canonical(name, torch.randn(16, 64) * 0.05))
-        args = (torch.randn(3, 64), list(packed), torch.randn(16), f"1:{name}", 16, torch.float32, "none", [])
+        args = (torch.randn(3, 64), list(packed), torch.randn(16), f"1:{name}", 16, torch.float32, "none", [], [], None)
         torch.library.opcheck(torch.ops.autoplan.linear.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -166,7 +166,7 @@ def test_backward_is_that_of_the_dequantized_layer() -> None:
     stored = canonical("int_mm", torch.randn(24, 64) * 0.05)
     packed = find_kernel("int_mm").layout.pack(stored)
     x, bias = torch.randn(5, 64, requires_grad=True), torch.randn(24, requires_grad=True)
-    y = torch.ops.autoplan.linear(x, packed, bias, "1:int_mm", 24, torch.float32, "none", [])
+    y = torch.ops.autoplan.linear(x, packed, bias, "1:int_mm", 24, torch.float32, "none", [], [], None)
     seed = torch.randn_like(y)
     y.backward(seed)
     torch.testing.assert_close(x.grad, seed @ packing.dequantize(stored, torch.float32))

@@ -233,7 +233,7 @@ def test_the_op_knows_its_output_on_cuda(name: str) -> None:
     with FakeTensorMode():
         packed = [torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in shapes]
         x = torch.empty(5, k, dtype=torch.bfloat16, device="cuda")
-        y = torch.ops.autoplan.linear(x, packed, None, program, n, torch.bfloat16, "none", [])
+        y = torch.ops.autoplan.linear(x, packed, None, program, n, torch.bfloat16, "none", [], [], None)
         assert (y.shape, y.dtype, y.device.type) == ((5, n), torch.bfloat16, "cuda")
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch._inductor.codecache import PyCodeCache
 
 from autoplan.candidates import find_candidate
@@ -41,9 +42,9 @@ class Block(nn.Module):
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The activations of all layers that a compiled graph runs, in their order."""
-    found: list[str] = []
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The activations of all layers that a compiled graph runs, in their order; of a norm after one, its eps."""
+    found: list[Any] = []
     run_linear, writer = ops.run_linear, ops.writer
 
     def watched_run(*args: Any) -> Any:
@@ -54,7 +55,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         write = writer(*args)
 
         def watched(*tensors: Tensor, out: Tensor) -> None:
-            found.append(args[3])
+            found.append(args[3] if args[6] is None else args[6])
             write(*tensors, out=out)
 
         return watched
@@ -174,7 +175,7 @@ def test_an_op_with_an_activation_runs_on_every_kernel() -> None:
     layer, x = planned(64, 32, "1:fused_int8,7:int_mm"), torch.randn(8, 32)
     packed = layer._packed
     with torch.no_grad():
-        y = torch.ops.autoplan.linear(x, packed, layer.bias, layer.program, 64, torch.float32, "gelu", [])
+        y = torch.ops.autoplan.linear(x, packed, layer.bias, layer.program, 64, torch.float32, "gelu", [], [], None)
         torch.testing.assert_close(y, F.gelu(layer(x)))
 
 
@@ -189,7 +190,7 @@ def test_gradients_flow_as_ever(seen: list[str]) -> None:
 def test_gradients_through_an_activation_are_refused() -> None:
     layer, x = planned(64, 32), torch.randn(8, 32, requires_grad=True)
     with pytest.raises(RuntimeError, match="'gelu' is for graphs that need no gradients"):
-        torch.ops.autoplan.linear(x, layer._packed, layer.bias, layer.program, 64, torch.float32, "gelu", [])
+        torch.ops.autoplan.linear(x, layer._packed, layer.bias, layer.program, 64, torch.float32, "gelu", [], [], None)
 
 
 # Pieces.
@@ -276,6 +277,105 @@ def test_gradients_flow_through_siblings_as_ever() -> None:
     torch.testing.assert_close(gradient, expected, atol=0.03, rtol=0.03)
 
 
+# Norms.
+
+ROUNDING = {
+    torch.float32: {"atol": 1e-5, "rtol": 1e-5},
+    torch.bfloat16: {"atol": 1e-2, "rtol": 2**-7},
+    torch.float16: {"atol": 1e-3, "rtol": 2**-10},
+}
+
+
+def normalized(y: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    total = y.double() + residual.double()
+    return F.layer_norm(total, y.shape[1:], weight.double(), bias.double(), eps).to(y.dtype)
+
+
+@pytest.mark.parametrize("name", ["fused_int8", "fused_int4", "tiled_int8", "tiled_int4"])
+@pytest.mark.parametrize(("rows", "features"), [(1, 8), (3, 70), (12, 64), (70, 208), (2100, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_normalize_what_they_return(name: str, rows: int, features: int, dtype: torch.dtype) -> None:
+    kernel, weight = find_kernel(name), torch.randn(features, 64)
+    stored = (
+        packing.quantize_int4(weight, 64) if name.endswith("int4") else packing.quantize_per_channel(weight, torch.int8)
+    )
+    packed, x = kernel.layout.pack(stored), torch.randn(rows, 64).to(dtype)
+    norm = [5 * torch.randn(rows, features).to(dtype), torch.randn(features).to(dtype), torch.randn(features).to(dtype)]
+    assert kernel.into is not None
+    for bias in (torch.randn(features), None):
+        y, plain = torch.full((2, rows, features), torch.nan, dtype=dtype)
+        given, own = (torch.float32, [bias]) if bias is not None else (None, [])
+        kernel.into(dtype, given, "relu")(x, *packed, *own, out=plain)
+        kernel.into(dtype, given, "relu", eps=1e-3)(x, *packed, *own, *norm, out=y)
+        torch.testing.assert_close(y, normalized(plain, *norm, 1e-3), **ROUNDING[dtype])
+        again = ops.run_linear(x, packed, bias, f"1:{name}", features, dtype, "relu", [], norm, 1e-3)
+        assert torch.equal(again, y)
+
+
+class AddNorm(nn.Module):
+    """A layer, and what comes after it: of its output, what it is given, and a norm."""
+
+    def __init__(self, after: Callable[[Tensor, Tensor, nn.Module], Tensor], norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layer, self.after, self.norm = planned(64, 64), after, norm or nn.LayerNorm(64, eps=1e-12)
+        for parameter in self.norm.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.layer(x), x, self.norm)
+
+
+@pytest.mark.parametrize("after", [lambda y, x, norm: norm(y + x), lambda y, x, norm: norm(x + y)])
+@pytest.mark.parametrize("shape", [(5, 64), (2, 30, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_compiled_model_adds_and_normalizes_in_its_layers(
+    seen: list[float | str],
+    after: Callable[[Tensor, Tensor, nn.Module], Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    frozen: bool,
+) -> None:
+    model, x = AddNorm(after).to(dtype).requires_grad_(False), torch.randn(shape).to(dtype)
+    with torch.no_grad(), inductor_config.patch(freezing=frozen):
+        y = compiled(model, x)
+        assert seen == [1e-12]
+        torch.testing.assert_close(y, model(x), **({"atol": 0.06, "rtol": 2**-7} if dtype != torch.float32 else {}))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        AddNorm(lambda y, x, norm: norm(y + x) + y),
+        AddNorm(lambda y, x, norm: (y + x) * norm(y + x)),  # pre-norm: the sum goes on
+        AddNorm(lambda y, x, norm: norm(y + x[:, :1])),
+        AddNorm(lambda y, x, norm: norm(y - x)),
+        AddNorm(lambda y, x, norm: norm(y + y)),
+        AddNorm(lambda y, x, norm: norm((y + x).mT).mT, nn.LayerNorm(5)),
+        AddNorm(lambda y, x, norm: norm(y + x), nn.LayerNorm(64, elementwise_affine=False)),
+        AddNorm(lambda y, x, norm: norm(y + x), nn.RMSNorm(64)),
+        AddNorm(lambda y, x, norm: F.layer_norm(y + x, (5, 64), x[..., :1].expand(5, 64), None)),
+    ],
+)
+def test_other_sums_and_norms_are_left_alone(seen: list[str], model: AddNorm) -> None:
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        y = compiled(model.requires_grad_(False), x)
+        assert seen == ["none"]
+        torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_the_op_does_what_its_norm_says_with_any_kernel() -> None:
+    stored = packing.quantize_per_channel(torch.randn(24, 64), torch.int8)
+    x, norm = torch.randn(7, 64), [torch.randn(7, 24), torch.randn(24), torch.randn(24)]
+    results = []
+    for name in ("fused_int8", "int_mm"):
+        packed = find_kernel(name).layout.pack(stored)
+        args = (x, packed, None, f"1:{name}", 24, torch.float32, "none", [], norm, 1e-5)
+        results.append(torch.ops.autoplan.linear(*args))
+    torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
+
+
 # Pairs.
 
 
@@ -290,6 +390,28 @@ def pairs_pay(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ops.parse_program.cache_clear()
     yield
     ops.parse_program.cache_clear()
+
+
+@pytest.mark.usefixtures("pairs_pay")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_after_two_layers_in_one_call(dtype: torch.dtype) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.norm = Block(nn.GELU()), nn.LayerNorm(64)
+            self.block.up, self.block.down = planned(128, 64), planned(64, 128)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(self.block(x) + x)
+            return y
+
+    model, x = Normed().to(dtype).requires_grad_(False), torch.randn(3, 40, 64).to(dtype)
+    torch.compiler.reset()
+    with torch.no_grad():
+        code = code_of(torch.compile(model, fullgraph=True), x)
+        assert "autoplan_inductor.pair_writer" in code
+        assert "native_layer_norm" not in code.partition("def call")[0]
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -310,10 +432,13 @@ def test_a_pair_gives_what_two_calls_give(
         assert kernel.into is not None
         kernel.into(dtype, bias_dtypes[0], activation)(x, first, own, out=middle)
         kernel.into(dtype, bias_dtypes[1], "none")(middle, then, then_own, out=expected)
-        ops.pair_writer("fused_int8", dtype, activation, bias_dtypes, rows)(x, first, then, *biases, out=y)
+        ops.pair_writer("fused_int8", dtype, activation, bias_dtypes, rows, None)(x, first, then, *biases, out=y)
         assert torch.equal(y, expected)
+    norm = [torch.randn(rows, after).to(dtype), torch.randn(after).to(dtype), torch.randn(after).to(dtype)]
+    ops.pair_writer("fused_int8", dtype, activation, bias_dtypes, rows, 1e-3)(x, first, then, *biases, *norm, out=y)
+    torch.testing.assert_close(y, normalized(expected, *norm, 1e-3), **ROUNDING[dtype])
     with pytest.raises(KernelError, match="'tiled_int8' does not run two layers"):
-        ops.pair_writer("tiled_int8", dtype, "none", bias_dtypes, None)
+        ops.pair_writer("tiled_int8", dtype, "none", bias_dtypes, None, None)
 
 
 @pytest.mark.usefixtures("pairs_pay")
@@ -351,8 +476,8 @@ def test_weights_of_dynamic_size_stay_two_calls() -> None:
     linear, layout = torch.ops.autoplan.linear, find_kernel("fused_int8").layout
 
     def forward(x: Tensor, packed: Tensor, then: Tensor) -> Tensor:
-        y = torch.relu(linear(x, [packed], None, "1:fused_int8", 64, x.dtype, "none", []))
-        z: Tensor = linear(y, [then], None, "1:fused_int8", 32, x.dtype, "none", [])
+        y = torch.relu(linear(x, [packed], None, "1:fused_int8", 64, x.dtype, "none", [], [], None))
+        z: Tensor = linear(y, [then], None, "1:fused_int8", 32, x.dtype, "none", [], [], None)
         return z
 
     weights, x = (torch.randn(64, 32), torch.randn(32, 64)), torch.randn(70, 32)
