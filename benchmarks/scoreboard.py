@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ PACKAGES = (
 )  # fmt: skip
 TOO_SLOW = 2.0  # times the baseline: not raced, and judged on the first inputs alone,
 FEW_ITEMS = 16  # as many as hold so many items
-SAMPLE_US = 20_000.0  # what one turn lasts at least: other libraries' threads go on spinning for about a millisecond
+TURN_MS = 20.0  # at least, of every peer: other libraries' threads go on spinning for about a millisecond
 MIN_ROUNDS = 20  # so that joint intervals for all that race do not end at the worst rounds of a shared machine
 
 Row = dict[str, Any]
@@ -258,14 +258,21 @@ class Match:
 
         Where the baseline does not race, what ours is to it is multiplied by what each is to ours.
         """
-        calls = {name: bound(self.made[name], scenario.name, scenario.judged[0]) for name in names}
         ms = {name: self.warm_ms[name, scenario.name] for name in names}
+        counts = {name: math.ceil(TURN_MS / ms[name]) for name in names}
+        turns = {
+            name: turn(self.made[name], scenario.name, scenario.judged[0], count) for name, count in counts.items()
+        }
         baselines = [name for name in (BASELINE, OURS) if name in names]
-        a_round = sum(ms.values()) * math.ceil(SAMPLE_US / 1e3 / ms[baselines[0]]) / 1e3
-        seconds = max(self.arguments.seconds, 1.2 * (MIN_ROUNDS + 2) * a_round)
-        found = timing.compare_with_each(
-            calls, baselines=baselines, min_rounds=MIN_ROUNDS, max_seconds=seconds, min_batch_us=SAMPLE_US
+        seconds = max(
+            self.arguments.seconds, 1.2 * (MIN_ROUNDS + 2) * sum(ms[name] * counts[name] for name in names) / 1e3
         )
+        found = {
+            baseline: {name: a_call(raced, counts[name], counts[baseline]) for name, raced in timings.items()}
+            for baseline, timings in timing.compare_with_each(
+                turns, baselines=baselines, min_rounds=MIN_ROUNDS, max_seconds=seconds, min_batch_us=1.0
+            ).items()
+        }
         to_ours = found.get(OURS, {})
         if BASELINE not in found:
             return {name: chained(self.ours[scenario.name], to) for name, to in to_ours.items()}, to_ours
@@ -304,9 +311,27 @@ def chained(a_to_b: timing.Timing, c_to_a: timing.Timing) -> timing.Timing:
     )
 
 
-def bound(made: Made, scenario: str, inputs: Any) -> Any:
+def turn(made: Made, scenario: str, inputs: Any, count: int) -> Callable[[], None]:
+    """So many calls."""
     call = made.calls[scenario]
-    return lambda: call(inputs)
+
+    def take() -> None:
+        for _ in range(count):
+            call(inputs)
+
+    return take
+
+
+def a_call(raced: timing.Timing, count: int, baseline_count: int) -> timing.Timing:
+    """Of turns of so many calls: what one call of each takes."""
+    share = baseline_count / count
+    return replace(
+        raced,
+        baseline_us=raced.baseline_us / baseline_count,
+        ratio=raced.ratio * share,
+        ratio_low=raced.ratio_low * share,
+        ratio_high=raced.ratio_high * share,
+    )
 
 
 class OutOfPatience(BaseException):

@@ -272,6 +272,16 @@ def test_a_peer_that_kills_the_process_is_a_row(
 
 
 @pytest.mark.parametrize("script", ["scoreboard"], indirect=True)
+def test_turns_of_different_lengths_are_compared_by_the_call(script: ModuleType) -> None:
+    called: list[int] = []
+    script.turn(script.Made({"s": called.append}, 0), "s", 7, 3)()
+    assert called == [7, 7, 7]
+    raced = timing.Timing("fast", "fast", 600.0, 2.0, 1.5, 3.0, 20, "")  # turns: 20 calls in 1200 us beside 2 in 600
+    found = script.a_call(raced, 20, 2)
+    assert (found.baseline_us, found.ratio, found.ratio_low, found.ratio_high) == pytest.approx((300, 0.2, 0.15, 0.3))
+
+
+@pytest.mark.parametrize("script", ["scoreboard"], indirect=True)
 def test_garbage_is_no_match_however_fast(script: ModuleType) -> None:
     row = {"scenario": "s", "ms": 1.0, "kl": 0.1, "divergence": 0.1}
     wrong = {**row, "peer": "wrong", "speedup": 9, "divergence": 1e4, "note": "57 layers"}

@@ -342,7 +342,7 @@ PEERS = (
     Peer(OURS, autoplan("balanced"), TABLES),
     Peer("autoplan high", autoplan("high")),
     Peer("autoplan lossless", autoplan("lossless"), ["decoder"]),
-    Peer("autoplan balanced, given bfloat16", autoplan("balanced", BF16), ["minilm-32x64", "language-model", "vit"]),
+    Peer("autoplan balanced, given bfloat16", autoplan("balanced", BF16), [*ENCODERS, "language-model"]),
     Peer("autoplan high, given bfloat16", autoplan("high", BF16)),
     Peer("bfloat16 eager", plain(BF16, compiled=False)),
     Peer("float32 compiled", plain(F32, compiled=True), ["minilm-32x64", "minilm-1x16", "layers"]),
