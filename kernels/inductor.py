@@ -164,15 +164,17 @@ def _taken_apart(function: Callable[..., Tensor], *tensors: Tensor) -> str:
 def normalize(layer: fx.Node) -> bool:
     """Have a layer add the residual and do the layer norm that come after it, if that is all that becomes of it."""
     output = _output(layer)
-    residual, total = _sum(output)
-    if residual is None or total is None or not isinstance(layer.meta["val"].shape[0], int):
+    shape, dtype = _sizes(output), layer.meta["val"].dtype
+    if len(output.users) != 1 or not shape or shape[-1] != layer.args[4]:
         return False
-    shape, dtype = output.meta["val"].shape, output.meta["val"].dtype
+    total = next(iter(output.users))
+    residual = _added(total, output)
+    if residual is None:
+        return False
     within, given, numbers = {total: "y"}, dict[fx.Node, str](), []
     for node in _following(total):
-        inputs = node.all_input_nodes
-        others = [source for source in inputs if source not in within]
-        if len(inputs) == len(others) or any(source.meta["val"].shape != shape[-1:] for source in others):
+        others = [source for source in node.all_input_nodes if source not in within]
+        if len(node.all_input_nodes) == len(others) or any(_sizes(source) != shape[-1:] for source in others):
             continue
         for source in others:
             given.setdefault(source, str(len(given)))
@@ -180,29 +182,33 @@ def normalize(layer: fx.Node) -> bool:
         within[node] = _said(node, {**within, **given})
         for eps in numbers:
             if within[node] == _look_of_norm(dtype, len(shape), shape[-1], eps):
-                return _take_norm(layer, [residual, *given], eps, list(within))
+                return _take_norm(layer, output, [residual, *given], eps, list(within))
     return False
 
 
-def _sum(output: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-    """What is added to an output, and the sum, if that is all that becomes of it."""
-    total = next(iter(output.users))
-    if len(output.users) > 1 or total.target is not torch.ops.aten.add.Tensor or total.kwargs:
-        return None, None
+def _sizes(node: fx.Node) -> tuple[int, ...] | None:
+    """Of a tensor, if they are known."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
+        return None
+    return tuple(value.shape)
+
+
+def _added(total: fx.Node, output: fx.Node) -> fx.Node | None:
+    """What is added to an output, if `total` is such a sum of two tensors of one shape."""
+    if total.target is not torch.ops.aten.add.Tensor or total.kwargs:
+        return None
     residual = total.args[1] if total.args[0] is output else total.args[0]
-    if not isinstance(residual, fx.Node) or residual is output:
-        return None, None
-    value, own = residual.meta["val"], output.meta["val"]
-    return (residual, total) if (value.shape, value.dtype) == (own.shape, own.dtype) else (None, None)
+    same = isinstance(residual, fx.Node) and residual is not output and _sizes(residual) == _sizes(output)
+    return residual if same else None  # type: ignore[return-value]
 
 
-def _take_norm(layer: fx.Node, norm: list[fx.Node], eps: float, within: list[fx.Node]) -> bool:
+def _take_norm(layer: fx.Node, output: fx.Node, norm: list[fx.Node], eps: float, within: list[fx.Node]) -> bool:
     *between, last = within
     if any(use not in within for node in between for use in node.users):
         return False
     if {node.meta["val"].dtype for node in norm} != {layer.meta["val"].dtype}:
         return False
-    output = _output(layer)
     with last.graph.inserting_before(last):
         own = _call(last.graph, _LINEAR, *layer.args[:8], norm, eps)
         if output is not layer:
@@ -311,18 +317,17 @@ def join(layer: fx.Node) -> bool:
     chain = [layer]  # and its output in other shapes
     while len(chain[-1].users) == 1 and (use := next(iter(chain[-1].users))).target in _RESHAPES:
         chain.append(use)
-    then = next(iter(chain[-1].users))
-    if len(chain[-1].users) > 1 or then.target is not _LINEAR or then.args[0] is not chain[-1]:
+    then = next(iter(chain[-1].users), None)
+    if then is None or len(chain[-1].users) > 1 or then.target is not _LINEAR or then.args[0] is not chain[-1]:
         return False
     x, packed, bias, program, _, dtype, activation, *_ = cast("Any", layer.args)
-    _, then_packed, then_bias, then_program, features, then_dtype, then_activation, pieces, *norm = cast(
-        "Any", then.args
-    )
+    _, then_packed, then_bias, then_program, features, then_dtype, *after = cast("Any", then.args)
+    then_activation, pieces, norm, eps = after
     value = layer.meta["val"]
     rows = value.shape[0]
     if not isinstance(rows, int) or {x.meta["val"].dtype, dtype, then_dtype} != {dtype}:
         return False
-    if then_activation != "none" or pieces or chain[-1].meta["val"].shape != value.shape:
+    if then_activation != "none" or pieces or chain[-1] in norm or chain[-1].meta["val"].shape != value.shape:
         return False
     (kernel, own), (then_kernel, then_own) = ops.step(program, rows), ops.step(then_program, rows)
     held = [*packed[own], *then_packed[then_own]]
@@ -332,7 +337,7 @@ def join(layer: fx.Node) -> bool:
     if not all(isinstance(size, int) for size in sizes) or not kernel.pair.pays(rows, sum(sizes)):
         return False
     with then.graph.inserting_before(then):
-        arguments = (x, held[0], bias, activation, held[1], then_bias, kernel.name, features, *norm)
+        arguments = (x, held[0], bias, activation, held[1], then_bias, kernel.name, features, norm, eps)
         then.replace_all_uses_with(_call(then.graph, _PAIR, *arguments))
     for node in (then, *reversed(chain)):
         node.graph.erase_node(node)
@@ -371,6 +376,9 @@ def _call_directly() -> None:
         call.lines = (f"{name} = {made}",)
         return ir.TensorBox.create(call)
 
+    def contiguous(x: Any) -> Any:
+        return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
+
     def memory(x: Any) -> tuple[Any, int | None]:
         """Where x [rows, in_features] is, contiguous, and how many rows it has, if that is known.
 
@@ -395,8 +403,9 @@ def _call_directly() -> None:
         norm: Sequence[Any],
         eps: float | None,
     ) -> Any:
-        x = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
-        if V.graph.cpp_wrapper or x.get_device().type != "cpu" or x.get_dtype() != dtype:
+        x, *norm = map(contiguous, [x, *norm])
+        direct = x.get_device().type == "cpu" and x.get_dtype() == dtype and not V.graph.cpp_wrapper
+        if not direct or (norm and not ops.writes_in_place(program)):
             return as_op(x, packed, bias, program, out_features, dtype, activation, pieces, norm, eps)
         layout = ir.FixedLayout(x.get_device(), dtype, [x.get_size()[0], out_features])
         others = [ir.ExternKernel.realize_input(tensor) for tensor in ([*packed] if bias is None else [*packed, bias])]
@@ -404,11 +413,10 @@ def _call_directly() -> None:
             settings = {"has_bias": bias is not None, "program": program, "activation": activation}
             settings |= {"pieces": tuple(pieces), "out_features": out_features, "dtype": dtype}
             return ir.TensorBox.create(Returning(layout, [x, *others], (), settings, "autoplan_inductor.run_linear"))
-        others += [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(tensor)) for tensor in norm]
         x, rows = memory(x)
         bias_dtype = None if bias is None else str(bias.get_dtype())
         how = (program, str(dtype), bias_dtype, activation, tuple(pieces), rows, eps)
-        return into(layout, [x, *others], "linear_writer", *how)
+        return into(layout, [x, *others, *norm], "linear_writer", *how)
 
     def lower_pair(
         x: Any,
@@ -422,24 +430,23 @@ def _call_directly() -> None:
         norm: Sequence[Any],
         eps: float | None,
     ) -> Any:
-        x = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
+        x, *norm = map(contiguous, [x, *norm])
         if V.graph.cpp_wrapper or x.get_device().type != "cpu":
             return pair_as_op(x, packed, bias, activation, then, then_bias, kernel, out_features, norm, eps)
         dtype = x.get_dtype()
         layout = ir.FixedLayout(x.get_device(), dtype, [x.get_size()[0], out_features])
         biases = [tensor for tensor in (bias, then_bias) if tensor is not None]
         others = [ir.ExternKernel.realize_input(tensor) for tensor in (packed, then, *biases)]
-        others += [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(tensor)) for tensor in norm]
         x, rows = memory(x)
         bias_dtypes = tuple(None if tensor is None else str(tensor.get_dtype()) for tensor in (bias, then_bias))
-        return into(layout, [x, *others], "pair_writer", kernel, str(dtype), activation, bias_dtypes, rows, eps)
+        return into(layout, [x, *others, *norm], "pair_writer", kernel, str(dtype), activation, bias_dtypes, rows, eps)
 
     lowering.register_lowering(_LINEAR, type_promotion_kind=None)(lower)
     lowering.register_lowering(_PAIR, type_promotion_kind=None)(lower_pair)
 
 
-# What the code that Inductor writes calls, dtypes by name. It keeps that code: whoever changes what these take changes
-# their names.
+# What the code that Inductor writes calls, dtypes by name. It keeps that code by its graph: whoever changes what these
+# take changes their names, or what the ops in the graph take.
 
 
 def linear_writer(

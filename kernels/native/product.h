@@ -69,7 +69,8 @@ static inline void product_begin() {  // per thread
     uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } tiles;
-  asm volatile("ldtilecfg %0" ::"m"(tiles));  // the compiler's intrinsic was seen to drop the stores to `tiles`
+  // The compiler's intrinsic was seen to drop the stores to `tiles`; and what tiles will read has to be stored by now.
+  asm volatile("ldtilecfg %0" ::"m"(tiles) : "memory");
 }
 
 static inline void product_end() { _tile_release(); }

@@ -354,6 +354,8 @@ def test_a_compiled_model_adds_and_normalizes_in_its_layers(
         AddNorm(lambda y, x, norm: norm((y + x).mT).mT, nn.LayerNorm(5)),
         AddNorm(lambda y, x, norm: norm(y + x), nn.LayerNorm(64, elementwise_affine=False)),
         AddNorm(lambda y, x, norm: norm(y + x), nn.RMSNorm(64)),
+        AddNorm(lambda y, x, norm: norm(y.view(5, 4, 16) + x.view(5, 4, 16)), nn.LayerNorm(16)),
+        AddNorm(lambda y, x, norm: norm(y.flatten() + x.flatten()), nn.LayerNorm(320)),
         AddNorm(lambda y, x, norm: F.layer_norm(y + x, (5, 64), x[..., :1].expand(5, 64), None)),
     ],
 )
@@ -365,6 +367,24 @@ def test_other_sums_and_norms_are_left_alone(seen: list[str], model: AddNorm) ->
         torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
 
 
+def test_sums_with_what_is_no_tensor_of_known_sizes_compile() -> None:
+    model, x = AddNorm(lambda y, x, norm: y + x.shape[0]).requires_grad_(False), torch.randn(5, 64)
+    torch.compiler.reset()
+    with torch.no_grad():
+        y = torch.compile(model, fullgraph=True, dynamic=True)(x)
+        torch.testing.assert_close(y, model(x))
+        latents = torch.compile(lambda z, batch: (model.layer(z) + z).expand(batch.shape[0], -1, -1), dynamic=True)
+        assert latents(x, torch.ones(3)).shape == (3, 5, 64)
+
+
+def test_a_residual_in_other_strides(seen: list[str]) -> None:
+    model, x = AddNorm(lambda y, x, norm: norm(y + x.T.contiguous().T)).requires_grad_(False), torch.randn(64, 64)
+    with torch.no_grad():
+        y = compiled(model, x)
+        assert seen == [1e-12]
+        torch.testing.assert_close(y, model(x))
+
+
 def test_the_op_does_what_its_norm_says_with_any_kernel() -> None:
     stored = packing.quantize_per_channel(torch.randn(24, 64), torch.int8)
     x, norm = torch.randn(7, 64), [torch.randn(7, 24), torch.randn(24), torch.randn(24)]
@@ -373,7 +393,10 @@ def test_the_op_does_what_its_norm_says_with_any_kernel() -> None:
         packed = find_kernel(name).layout.pack(stored)
         args = (x, packed, None, f"1:{name}", 24, torch.float32, "none", [], norm, 1e-5)
         results.append(torch.ops.autoplan.linear(*args))
-    torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
+        torch.compiler.reset()
+        results.append(torch.compile(lambda x, *rest: torch.ops.autoplan.linear(x, *rest) * 1.0)(*args))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=1e-3, rtol=1e-3)
 
 
 # Pairs.
@@ -390,6 +413,26 @@ def pairs_pay(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ops.parse_program.cache_clear()
     yield
     ops.parse_program.cache_clear()
+
+
+@pytest.mark.usefixtures("pairs_pay")
+def test_a_residual_from_between_two_layers_keeps_them_apart() -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.norm = planned(64, 64), planned(64, 64), nn.LayerNorm(64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.gelu(self.up(x))
+            y: Tensor = self.norm(self.down(h) + h)
+            return y
+
+    model, x = Between().requires_grad_(False), torch.randn(70, 64)
+    torch.compiler.reset()
+    with torch.no_grad():
+        code = code_of(torch.compile(model, fullgraph=True), x)
+        assert "autoplan_inductor.pair_writer" not in code
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), atol=0.03, rtol=0)
 
 
 @pytest.mark.usefixtures("pairs_pay")
