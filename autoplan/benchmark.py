@@ -69,11 +69,15 @@ def measure(
     cache: PlanCache | None,
     *,
     seed: int = 0,
+    model_bytes: int | None = None,
     progress: Progress | None = None,
     seconds_left: Callable[[], float] = lambda: math.inf,
     thorough: bool = True,
 ) -> dict[Key, Measurement]:
     """Time what is wanted and not in the cache, one race per shape, plain `F.linear` in every round.
+
+    `model_bytes` are those of all float weights that the model reads between two calls of a layer: on CPU weights are
+    as cold as that makes them, without it as cold as in a model that no cache holds.
 
     Neighbours that differ in rows only share the quantized weights. Once `seconds_left()` says none, what was not timed
     is absent from the answer. Unless this is to be `thorough`, a kernel that took twice the time of its candidate's
@@ -81,6 +85,7 @@ def measure(
     """
     found: dict[Key, Measurement] = {}
     left_out: dict[Key, Measurement] = {}
+    between = bytes_between(model_bytes)
     arms: Arms | None = None
     for done, (shape, contenders) in enumerate(wanted.items()):
         if progress:
@@ -88,7 +93,9 @@ def measure(
         missing = []
         for contender in contenders:
             key = (shape, contender.candidate.name, contender.kernel.name)
-            known = cache.get("timings", digest(_fingerprint(shape, contender, environment))) if cache else None
+            known = (
+                cache.get("timings", digest(_fingerprint(shape, contender, environment, between))) if cache else None
+            )
             measurement = _from_record(shape, known["value"]) if known else None
             if measurement is None or (measurement.candidate, measurement.kernel) != key[1:]:
                 missing.append(contender)
@@ -102,7 +109,7 @@ def measure(
         if arms is not None and replace(arms.shape, rows=shape.rows, parts=shape.parts) != shape:
             arms = None  # another weight: this one is freed before that is made
         arms = _arms(shape, seed, arms)
-        measured = _race(arms, missing, seed, min(_RACE_SECONDS, seconds_left()))
+        measured = _race(arms, missing, seed, between, min(_RACE_SECONDS, seconds_left()))
         if shape.device == "cuda":
             arms = None
             torch.cuda.empty_cache()  # the weight copies' memory: the user's again
@@ -110,7 +117,8 @@ def measure(
         if cache:
             by_key = {(c.candidate.name, c.kernel.name): c for c in missing}
             records = [
-                entry(_fingerprint(shape, by_key[m.candidate, m.kernel], environment), _to_value(m)) for m in measured
+                entry(_fingerprint(shape, by_key[m.candidate, m.kernel], environment, between), _to_value(m))
+                for m in measured
             ]
             cache.put_many("timings", dict(records))
     if progress:
@@ -177,14 +185,15 @@ def candidate_digest(candidate: Candidate) -> str:
         return candidate.name
 
 
-def _fingerprint(shape: Shape, contender: Contender, environment: Mapping[str, Any]) -> dict[str, Any]:
+def _fingerprint(shape: Shape, contender: Contender, environment: Mapping[str, Any], between: int) -> dict[str, Any]:
+    timer = {"margin": MARGIN, "max_copies": _MAX_COPIES, "version": 2}
     return {
         "environment": dict(environment),
         "shape": {key: value for key, value in asdict(shape).items() if key != "parts" or value},
         "candidate": contender.candidate.name,
         "candidate_source": candidate_digest(contender.candidate),
         "kernel": contender.kernel.name,
-        "timer": {"margin": MARGIN, "max_copies": _MAX_COPIES, "version": 1},
+        "timer": timer if shape.device == "cuda" else timer | {"bytes_between": between},
     }
 
 
@@ -219,8 +228,10 @@ def _arms(shape: Shape, seed: int, last: Arms | None = None) -> Arms:
     return Arms(shape, weight, bias, x, shared=shape.device == "cuda")
 
 
-def _race(arms_of: Arms, contenders: Sequence[Contender], seed: int, max_seconds: float) -> list[Measurement]:
-    """One race, with as many copies of each weight as it takes to leave the caches.
+def _race(
+    arms_of: Arms, contenders: Sequence[Contender], seed: int, between: int, max_seconds: float
+) -> list[Measurement]:
+    """One race, with so many copies of each weight that `between` bytes are read before one comes round again.
 
     At a shape with parts, the baseline is the parts one after another, and a contender the product of all.
     """
@@ -238,7 +249,7 @@ def _race(arms_of: Arms, contenders: Sequence[Contender], seed: int, max_seconds
             except Exception as error:  # a result like an exception while it is timed: the report tells it
                 failures[key] = _failure(error)
         baseline = "/".join(first)
-        copies = copies_on_gpu(weight.nbytes) if on_gpu else _copies(weight.nbytes * (1 + len(makers) / 2))
+        copies = copies_on_gpu(weight.nbytes) if on_gpu else _copies(between, weight.nbytes * (1 + len(makers) / 2))
         arms = _dealt(makers, first, copies, random.Random(seed), failures)
         calls, notes = 1, dict[str, str]()
         if on_gpu and shape.mode == COMPILED:
@@ -382,12 +393,19 @@ def copies_on_gpu(weight_bytes: int) -> int:
     return max(1, min(_MAX_COPIES, wanted, affordable))
 
 
-def _copies(bytes_a_round: float) -> int:
-    """So many copies of each weight that one turn through all arms' copies overflows the last-level cache.
+def bytes_between(model_bytes: int | None) -> int:
+    """The bytes that a CPU reads from when a layer's weight was used until it is used again.
 
-    At least 2, at most 64 (small layers stay in the caches of a real model too).
+    Those of the model, rounded down to a power of two for timings to be of use to models of about its size; if they
+    overflow the last-level cache, or are not known, what is enough to overflow it.
     """
-    return max(2, min(_MAX_COPIES, math.ceil(1.2 * last_level_cache_bytes() / bytes_a_round)))
+    enough = int(1.2 * last_level_cache_bytes())
+    return enough if model_bytes is None or model_bytes >= enough else 1 << max(model_bytes, 1).bit_length() - 1
+
+
+def _copies(between: int, bytes_a_round: float) -> int:
+    """So many copies of each weight that one turn through all arms' copies reads `between` bytes: from 2 to 64."""
+    return max(2, min(_MAX_COPIES, math.ceil(between / bytes_a_round)))
 
 
 def last_level_cache_bytes() -> int:

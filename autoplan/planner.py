@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import sys
@@ -368,17 +369,21 @@ class _Planning:
         wanted = priorities.largest_first(
             options.to_time(menus, self.mode, rules.batch_invariant), profiles, rules.call_weights, self.mode
         )
-        found = in_shares(self.ranks, wanted, self._measure)
+        measure = functools.partial(self._measure, model_bytes=sum(map(float_bytes, profiles)))
+        found = in_shares(self.ranks, wanted, measure)
         layers = [options.with_times(menu, found, rules) for menu in menus]
-        found = in_shares(self.ranks, fusion.to_time(layers, menus, rules), self._measure)
+        found = in_shares(self.ranks, fusion.to_time(layers, menus, rules), measure)
         return fusion.with_times(layers, menus, found, rules)
 
-    def _measure(self, wanted: Mapping[Shape, Sequence[Contender]], from_cache_only: bool) -> dict[Key, Measurement]:
+    def _measure(
+        self, wanted: Mapping[Shape, Sequence[Contender]], from_cache_only: bool, model_bytes: int
+    ) -> dict[Key, Measurement]:
         return benchmark.measure(
             wanted,
             self.prints["environment"],
             self.cache,
             seed=self.request.seed,
+            model_bytes=model_bytes,
             progress=None if from_cache_only else self.progress,
             seconds_left=(lambda: 0.0) if from_cache_only else lambda: self._seconds_left(_TIMING_SHARE),
             thorough=self.request.batch_invariant,  # then one kernel has to be known at all rows

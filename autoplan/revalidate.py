@@ -117,7 +117,14 @@ class _Revalidation:
     def _measure(
         self, wanted: Mapping[Shape, Sequence[Contender]], environment: Mapping[str, Any]
     ) -> dict[Key, Measurement]:
-        return benchmark.measure(wanted, environment, self.cache, seed=self.seed, progress=self.progress)
+        return benchmark.measure(
+            wanted,
+            environment,
+            self.cache,
+            seed=self.seed,
+            model_bytes=sum(map(float_bytes, self.plan.layers)),
+            progress=self.progress,
+        )
 
     def _call_weights(self) -> dict[str, float]:
         """What one recorded call counts; a plan that does not say how many forwards were recorded stands for one."""

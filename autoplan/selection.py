@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoplan.errors import BudgetError
-from autoplan.records import FrontierPoint, LayerPlan, Option
+from autoplan.records import FrontierPoint, LayerPlan, LayerProfile, Option
 from autoplan.solve import Solution, solve
 
 _Floats = NDArray[np.float64]
@@ -270,7 +270,7 @@ def is_plain(layer: LayerPlan) -> bool:
     return (layer.chosen, layer.choice.program) == ("none", PLAIN)
 
 
-def float_bytes(layer: LayerPlan) -> int:
+def float_bytes(layer: LayerPlan | LayerProfile) -> int:
     """Bytes of the layer's float weight."""
     return layer.in_features * layer.out_features * FLOAT_BYTES[layer.dtype]
 

@@ -58,7 +58,7 @@ def record(environment: dict[str, object], number: int) -> tuple[str, Record]:
     """What one timing makes: its key and record."""
     shape = {"rows": number, "in_features": 4096, "out_features": 4096, "has_bias": True, "dtype": "bfloat16"}
     shape |= {"weight_dtype": "bfloat16", "device": "cpu", "mode": "eager"}
-    timer = {"margin": 0.02, "max_copies": 64, "version": 1}
+    timer = {"margin": 0.02, "max_copies": 64, "version": 2, "bytes_between": 1 << 25}
     asked = {"environment": environment, "shape": shape, "timer": timer, "candidate": "int8_dynamic"}
     asked |= {"candidate_source": "a" * 64, "kernel": "onednn_u8s8"}
     value = {"candidate": "int8_dynamic", "kernel": "onednn_u8s8", "baseline_us": 123.4567, "ratio": 0.51}

@@ -50,9 +50,11 @@ def test_the_shapes_of_a_layer() -> None:
     }
 
 
-def test_enough_copies_to_leave_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_as_cold_as_the_model_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "last_level_cache_bytes", lambda: 1000)
-    assert [benchmark._copies(size) for size in (1, 100, 400, 600, 1e9)] == [64, 12, 3, 2, 2]
+    assert [benchmark.bytes_between(size) for size in (None, 5000, 1200, 1199, 300, 256, 0)] == [
+        *[1200] * 3, 1024, *[256] * 2, 1]  # fmt: skip
+    assert [benchmark._copies(1200, size) for size in (1, 100, 400, 600, 1e9)] == [64, 12, 3, 2, 2]
     monkeypatch.undo()
     assert benchmark.last_level_cache_bytes() >= 1 << 15
 

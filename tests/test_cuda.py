@@ -263,7 +263,7 @@ def race_on(
         )
         if name in names
     ]
-    return benchmark._race(benchmark._arms(shape, 0), contenders, 0, 1.0), raced
+    return benchmark._race(benchmark._arms(shape, 0), contenders, 0, 0, 1.0), raced
 
 
 @pytest.mark.parametrize("mode", [EAGER, COMPILED, WITHOUT_GRAPHS])

@@ -76,7 +76,7 @@ def test_a_race_finds_what_is_faster(mode: str, monkeypatch: pytest.MonkeyPatch)
         Contender(find_candidate("int8_weight_only"), find_kernel("dequantize_int8")),
     ]
     state = torch.cuda.get_rng_state()
-    found = {m.candidate: m for m in benchmark._race(benchmark._arms(shape, 0), contenders, 0, 5.0)}
+    found = {m.candidate: m for m in benchmark._race(benchmark._arms(shape, 0), contenders, 0, 0, 5.0)}
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert 1 < found["none"].baseline_us < 1000
     assert found["int8_weight_only"].ratio > 1.2
