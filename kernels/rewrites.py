@@ -1,0 +1,303 @@
+"""Rewrites of a graph that Inductor compiles: what comes after a layer, taken into the kernel that runs it.
+
+An activation function: where it is all that the output of a layer is used for, the output is written once, where
+otherwise it would be written, read and written again. Kernels that cannot are left to Inductor, which fuses the
+function with its other neighbours. Inductor has taken functions apart by then. What a function looks like is found by
+having it taken apart as well.
+
+Norms: where all that the output of a layer is used for is to be added to a residual and normalized (as BERT does), the
+kernel does that to rows while they are in a cache.
+
+Pieces: the product of siblings is written piece by piece, each with its bias, as each layer would have written its own.
+Otherwise it would be read and written again to have pieces that are contiguous and have a bias.
+
+Pairs: where all that a layer gives, after its activation, is given to another layer, a kernel may run both in one call,
+rows by rows, so that what lies between them is not written to memory and read again.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from autoplan.kernels import ops
+
+LINEAR, PAIR = torch.ops.autoplan.linear.default, torch.ops.autoplan.pair.default
+_RESHAPES = (torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+_logger = logging.getLogger(__name__)
+
+
+def rewrite(layer: fx.Node) -> None:
+    """Take into a call of `autoplan::linear` what its kernel can do of what comes after it."""
+    fuse(layer)
+    if not (normalize(layer) or join(layer)):
+        split(layer)
+
+
+def _output(layer: fx.Node) -> fx.Node:
+    """What the rest of the graph uses: the layer's output, or that in another shape."""
+    if len(layer.users) == 1 and (use := next(iter(layer.users))).target in _RESHAPES:
+        return use
+    return layer
+
+
+# Activation functions.
+
+
+def fuse(layer: fx.Node) -> None:
+    """Take the activation function after a layer into it, if there is one that nothing else comes between."""
+    output = _output(layer)
+    looks = _looks(layer.args[5])  # type: ignore[arg-type]
+    within: dict[fx.Node, str] = {output: "y"}  # what is computed of the output alone
+    for node in _following(output):
+        inputs = node.all_input_nodes
+        if not inputs or any(source not in within for source in inputs):
+            continue
+        within[node] = _said(node, within)
+        if name := looks.get(within[node]):
+            between = [n for n in within if n is not node]
+            if any(use not in within for n in between for use in n.users):
+                return
+            layer.args = (*layer.args[:6], name, *layer.args[7:])
+            node.replace_all_uses_with(output)
+            for gone in reversed([*between[1:], node]):
+                node.graph.erase_node(gone)
+            return
+
+
+def _following(node: fx.Node, most: int = 40) -> list[fx.Node]:
+    """The nodes after this one, in the order of the graph, as many as a function may be taken apart into."""
+    found = []
+    for _ in range(most):
+        node = node.next
+        found.append(node)
+        if node.op == "output":
+            break
+    return found
+
+
+def _said(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
+    """What a node computes, in words, of nodes that have names."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: names[n])
+    return f"{node.target}{args}{kwargs}"
+
+
+@functools.cache
+def _looks(dtype: torch.dtype) -> dict[str, str]:
+    """{what the last node of a function computes: the function's name}, as this Inductor takes them apart."""
+    try:
+        y = torch.ones(2, 2, dtype=dtype)
+        return {_taken_apart(function, y): name for name, function in ops.ACTIVATIONS.items() if name != "none"}
+    except Exception as error:  # private parts of torch, which come and go: without fusion, then
+        _logger.info("activation functions are not taken into layers: %s: %s", type(error).__name__, error)
+        return {}
+
+
+def _taken_apart(function: Callable[..., Tensor], *tensors: Tensor) -> str:
+    """What it computes of these, of which the first is called y, the others 0, 1, ..."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad():
+        traced = make_fx(function, select_decomp_table())(*tensors)
+    names: dict[fx.Node, str] = {}
+    for node in traced.graph.nodes:
+        if node.op == "output":
+            break
+        names[node] = (str(len(names) - 1) if names else "y") if node.op == "placeholder" else _said(node, names)
+    return names[node.args[0]]
+
+
+# Norms.
+
+
+def normalize(layer: fx.Node) -> bool:
+    """Have a layer add the residual and do the layer norm that come after it, if that is all that becomes of it."""
+    output = _output(layer)
+    shape, dtype = _sizes(output), layer.meta["val"].dtype
+    if len(output.users) != 1 or not shape or shape[-1] != layer.args[4]:
+        return False
+    total = next(iter(output.users))
+    residual = _added(total, output)
+    if residual is None:
+        return False
+    within, given, numbers = {total: "y"}, dict[fx.Node, str](), []
+    for node in _following(total):
+        others = [source for source in node.all_input_nodes if source not in within]
+        if len(node.all_input_nodes) == len(others) or any(_sizes(source) != shape[-1:] for source in others):
+            continue
+        for source in others:
+            given.setdefault(source, str(len(given)))
+        numbers += [number for number in node.args if isinstance(number, float)]
+        within[node] = _said(node, {**within, **given})
+        for eps in numbers:
+            if within[node] == _look_of_norm(dtype, len(shape), shape[-1], eps):
+                return _take_norm(layer, output, [residual, *given], eps, list(within))
+    return False
+
+
+def _sizes(node: fx.Node) -> tuple[int, ...] | None:
+    """Of a tensor, if they are known."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
+        return None
+    return tuple(value.shape)
+
+
+def _added(total: fx.Node, output: fx.Node) -> fx.Node | None:
+    """What is added to an output, if `total` is such a sum of two tensors of one shape."""
+    if total.target is not torch.ops.aten.add.Tensor or total.kwargs:
+        return None
+    residual = total.args[1] if total.args[0] is output else total.args[0]
+    same = isinstance(residual, fx.Node) and residual is not output and _sizes(residual) == _sizes(output)
+    return residual if same else None  # type: ignore[return-value]
+
+
+def _take_norm(layer: fx.Node, output: fx.Node, norm: list[fx.Node], eps: float, within: list[fx.Node]) -> bool:
+    *between, last = within
+    if any(use not in within for node in between for use in node.users):
+        return False
+    if {node.meta["val"].dtype for node in norm} != {layer.meta["val"].dtype}:
+        return False
+    with last.graph.inserting_before(last):
+        own = _call(last.graph, LINEAR, *layer.args[:8], norm, eps)
+        if output is not layer:
+            own = _call(last.graph, torch.ops.aten.reshape.default, own, list(output.meta["val"].shape))
+    last.replace_all_uses_with(own)
+    for gone in [last, *reversed(between), *([output] if output is not layer else []), layer]:
+        last.graph.erase_node(gone)
+    return True
+
+
+@functools.cache
+def _look_of_norm(dtype: torch.dtype, dimensions: int, features: int, eps: float) -> str:
+    """What the last node of a layer norm computes, as this Inductor takes it apart."""
+    y, weight = torch.ones([2] * (dimensions - 1) + [features], dtype=dtype), torch.ones(features, dtype=dtype)
+    try:
+        return _taken_apart(lambda y, w, b: F.layer_norm(y, (features,), w, b, eps), y, weight, weight.clone())
+    except Exception as error:  # as for activation functions
+        _logger.info("norms are not taken into layers: %s: %s", type(error).__name__, error)
+        return ""
+
+
+# Pieces.
+
+_STRIP = 32  # pieces of other sizes are left to Inductor
+
+
+class _Piece(NamedTuple):
+    """A slice of a layer's output, and what is made of it: a contiguous tensor of its own."""
+
+    start: int
+    size: int
+    slice: fx.Node
+    own: fx.Node
+    bias: fx.Node | None
+
+
+def split(layer: fx.Node) -> None:
+    """Have a layer write its output in pieces, each with its bias, if that is all that becomes of it."""
+    args: Any = layer.args
+    x, packed, bias, program, features, dtype, activation, *_ = args
+    output, rows = _output(layer), layer.meta["val"].shape[0]
+    found = [_piece(use) for use in output.users]
+    pieces = sorted((piece for piece in found if piece is not None), key=attrgetter("start"))
+    ends = list(itertools.accumulate((piece.size for piece in pieces), initial=0))
+    if bias is not None or activation != "none" or not isinstance(rows, int):
+        return
+    if len(pieces) < max(2, len(found)) or [*(piece.start for piece in pieces), features] != ends:
+        return  # not all of it becomes pieces, each channel in one of them
+    biases = [piece.bias for piece in pieces if piece.bias is not None]
+    if len(biases) not in (0, len(pieces)) or len({node.meta["val"].dtype for node in biases}) > 1:
+        return
+    if any(piece.size % _STRIP for piece in pieces):
+        return
+
+    call = functools.partial(_call, layer.graph)
+    aten = torch.ops.aten
+    with layer.graph.inserting_before(layer):
+        held = [layer.graph.node_copy(node) if node.op == "get_attr" else node for node in biases]
+        joined = call(aten.cat.default, held) if held else None
+        sizes = [piece.size for piece in pieces]
+        memory = call(LINEAR, x, packed, joined, program, features, dtype, activation, sizes, [], None)
+        memory = call(aten.reshape.default, memory, [rows * features])
+        for piece in pieces:
+            own = call(aten.slice.Tensor, memory, 0, rows * piece.start, rows * (piece.start + piece.size))
+            own = call(aten.reshape.default, own, list(piece.own.meta["val"].shape))
+            piece.own.replace_all_uses_with(own)
+    for piece in pieces:
+        layer.graph.erase_node(piece.own)
+        layer.graph.erase_node(piece.slice)
+    if output is not layer:
+        layer.graph.erase_node(output)
+    layer.graph.erase_node(layer)
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """A new node of the graph, which knows what it gives."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    return node
+
+
+def _piece(use: fx.Node) -> _Piece | None:
+    """The piece that `use` of a layer's output takes, if it takes one and makes a tensor of its own of it."""
+    aten = torch.ops.aten
+    if use.target is not aten.slice.Tensor or len(use.users) != 1 or len(use.args) > 4:
+        return None
+    value, own = use.meta["val"], next(iter(use.users))
+    if use.args[1] not in (-1, value.dim() - 1) or own.op == "output" or own.meta["val"].dtype != value.dtype:
+        return None
+    found = _Piece(int(use.args[2]), value.shape[-1], use, own, None)  # type: ignore[arg-type]
+    if own.target is aten.clone.default and own.kwargs.get("memory_format") == torch.contiguous_format:
+        return found
+    if own.target is not aten.add.Tensor or own.kwargs or own.args[0] is not use:
+        return None
+    bias = own.args[1]
+    if not isinstance(bias, fx.Node) or bias.op not in ("placeholder", "get_attr"):
+        return None
+    return found._replace(bias=bias) if bias.meta["val"].shape == value.shape[-1:] else None
+
+
+# Pairs.
+
+
+def join(layer: fx.Node) -> bool:
+    """Have a layer and the one that is given all of its output run in one call, if a kernel can and it pays."""
+    chain = [layer]  # and its output in other shapes
+    while len(chain[-1].users) == 1 and (use := next(iter(chain[-1].users))).target in _RESHAPES:
+        chain.append(use)
+    then = next(iter(chain[-1].users), None)
+    if then is None or len(chain[-1].users) > 1 or then.target is not LINEAR or then.args[0] is not chain[-1]:
+        return False
+    x, packed, bias, program, _, dtype, activation, *_ = cast("Any", layer.args)
+    _, then_packed, then_bias, then_program, features, then_dtype, *after = cast("Any", then.args)
+    then_activation, pieces, norm, eps = after
+    value = layer.meta["val"]
+    rows = value.shape[0]
+    if not isinstance(rows, int) or {x.meta["val"].dtype, dtype, then_dtype} != {dtype}:
+        return False
+    if then_activation != "none" or pieces or chain[-1] in norm or chain[-1].meta["val"].shape != value.shape:
+        return False
+    (kernel, own), (then_kernel, then_own) = ops.step(program, rows), ops.step(then_program, rows)
+    held = [*packed[own], *then_packed[then_own]]
+    if kernel.pair is None or kernel is not then_kernel or len(held) != 2:
+        return False
+    sizes = [math.prod(node.meta["val"].shape) * node.meta["val"].itemsize for node in held]
+    if not all(isinstance(size, int) for size in sizes) or not kernel.pair.pays(rows, sum(sizes)):
+        return False
+    with then.graph.inserting_before(then):
+        arguments = (x, held[0], bias, activation, held[1], then_bias, kernel.name, features, norm, eps)
+        then.replace_all_uses_with(_call(then.graph, PAIR, *arguments))
+    for node in (then, *reversed(chain)):
+        node.graph.erase_node(node)
+    return True
