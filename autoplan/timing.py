@@ -55,6 +55,7 @@ class Arm:
     name: str
     group: str  # the candidate; its kernels compete with each other
     calls: Sequence[Callable[[], object]]
+    before: Callable[[], object] | None = None  # called before each sample, and not timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +175,7 @@ def compare_with_each(
     calls: Mapping[str, Callable[[], object]],
     *,
     baselines: Sequence[str],
+    before: Mapping[str, Callable[[], object]] | None = None,
     precision: float = 0.01,
     min_rounds: int = 8,
     max_rounds: int = 40,
@@ -185,10 +187,13 @@ def compare_with_each(
     """As `compare`, with the same rounds read against each of several baselines: {baseline: {name: Timing}}.
 
     The first baseline decides when to stop, and is the one that may not fail; intervals are joint for one baseline.
+    Those that `before` names are preceded by that call, which is not timed: one of their own leaves caches as they do.
     """
     _check_limits(precision, min_rounds, max_rounds, max_seconds)
     first = baselines[0]
-    bench = _Bench([Arm(name, name, (call,)) for name, call in calls.items()], first, min_batch_us, seed, clock)
+    before = before or {}
+    arms = [Arm(name, name, (call,), before.get(name)) for name, call in calls.items()]
+    bench = _Bench(arms, first, min_batch_us, seed, clock)
     while True:
         bench.run_round()
         limit = bench.limit(max_rounds, max_seconds)
@@ -362,6 +367,8 @@ class _Bench:
         """Nanoseconds of the quickest of some batches of calls, each going on with the copies after the last one's."""
         global timings_made
         timings_made += 1
+        if arm.before is not None:
+            arm.before()
         quickest, first = math.inf, self.rounds * self.batches * self.calls_per_batch
         for start in range(first, first + self.batches * self.calls_per_batch, self.calls_per_batch):
             batch = [arm.calls[i % len(arm.calls)] for i in range(start, start + self.calls_per_batch)]

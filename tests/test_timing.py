@@ -404,6 +404,16 @@ def test_the_same_rounds_are_read_against_each_baseline() -> None:
     assert "ZeroDivisionError" in found["broken"]["float"].note
 
 
+def test_what_comes_before_a_turn_is_not_timed() -> None:
+    machine = Machine(**QUIET)  # type: ignore[arg-type]
+    calls = {"float": machine.call("float", 90_000), "planned": machine.call("planned", 45_000)}
+    before = {"planned": machine.call("before planned", 300_000)}
+    found = compare_with_each(calls, baselines=("float",), before=before, max_rounds=8, clock=machine.clock)
+    assert found["float"]["planned"].ratio == pytest.approx(0.5)
+    names = [name for name, _ in machine.log]
+    assert [names[i + 1] for i, name in enumerate(names) if name == "before planned"] == ["planned"] * 8
+
+
 def test_compare_stops_once_precise_and_at_its_limits() -> None:
     machine = Machine(jitter=0.001, preemption=0.0, turbulent=False)
     calls = {name: machine.call(name, 10_000) for name in ("float", "planned")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -268,6 +269,7 @@ def replaced(dtype: torch.dtype, replacement: Callable[[nn.Linear], nn.Module]) 
 def bitsandbytes_int8(linear: nn.Linear) -> nn.Module:
     import bitsandbytes as bnb
 
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # else a warning at each call
     found = bnb.nn.Linear8bitLt(
         linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False
     )
