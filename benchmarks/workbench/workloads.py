@@ -300,5 +300,6 @@ def of_table(table: str, full: bool, quick: bool) -> Iterator[Workload]:
     elif quick:
         yield layer(64, 64, 3)
     else:
-        for size in [(*shape, rows) for shape in LAYERS for rows in (1, 32, 256)] if full else SOME_LAYERS:
+        every = sorted({*SOME_LAYERS, *((*shape, rows) for shape in LAYERS for rows in (1, 256))})
+        for size in every if full else SOME_LAYERS:
             yield layer(*size)
