@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, get_args
 
@@ -14,6 +14,7 @@ from autoplan import kernels
 from autoplan.cache.fingerprint import environment, source_digest, tensor_digest
 from autoplan.candidates import find_candidate
 from autoplan.errors import AutoplanError, PlanMismatchError
+from autoplan.kernels.ops import parse_program
 from autoplan.layers import PlannedLinear
 from autoplan.offload import identity, is_offloaded, values
 from autoplan.plan import Plan
@@ -39,9 +40,11 @@ def apply_plan(model: Model, plan: Plan, *, weights: Weights = "check") -> Model
     was chosen for is offloaded as before. What accelerate holds is not changed: while any module of the model still is
     offloaded, all its float weights stay in CPU memory (or in their files), those of planned layers too.
 
-    A plan that was made in another environment is applied with a warning, and marked `stale`: see `Plan.revalidate`.
+    A plan that was made in another environment, or chose kernels that this machine cannot run (those raise KernelError
+    when they are called), is applied with a warning, and marked `stale`: see `Plan.revalidate`.
 
-    Raises PlanMismatchError naming what differs; the model is then unchanged.
+    Raises PlanMismatchError naming what differs, RecordingError when the model is planned already, CandidateError for
+    a candidate that is not registered; the model is then unchanged.
     """
     if weights not in get_args(Weights):
         raise AutoplanError(f'weights must be "check", "strict" or "skip", not {weights!r}')
@@ -51,12 +54,12 @@ def apply_plan(model: Model, plan: Plan, *, weights: Weights = "check") -> Model
     refuse_planned(root)
     check_match(root, plan, weights)
     planned = stand_ins_of(root, plan.layers)
-    stale = environment_differences(plan.fingerprints.get("environment", {}))
+    stale = (*environment_differences(plan.fingerprints.get("environment", {})), *_kernels_lacking(planned.values()))
     Swap(root, planned).exchange()
     if stale:
         _logger.warning(
             "this plan was made in another environment, so its times may not hold: %s. plan.revalidate(float_model, "
-            "inputs) times it here in seconds",
+            "inputs) times it here in seconds, and chooses what can run",
             "; ".join(stale),
         )
     vars(root)["_autoplan_plan"] = replace(plan, stale=stale)
@@ -176,6 +179,17 @@ def environment_differences(planned: Mapping[str, Any]) -> tuple[str, ...]:
         f"{key} is {here.get(key)}, was {planned.get(key)}"
         for key in sorted({*here, *planned})
         if here.get(key) != planned.get(key)
+    )
+
+
+def _kernels_lacking(layers: Iterable[PlannedLinear]) -> tuple[str, ...]:
+    """The kernels of these layers that this machine cannot run, and why; none where their device is not here."""
+    used = {kernel.name: kernel for layer in layers for kernel in parse_program(layer.program)[1]}
+    here = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
+    return tuple(
+        f"{name} cannot run here: {reason}"
+        for name, kernel in sorted(used.items())
+        if here & set(kernel.devices) and (reason := kernel.lacks())
     )
 
 

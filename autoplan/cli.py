@@ -35,8 +35,8 @@ _ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default the process's own) and return its exit code."""
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         code: int = arguments.run(arguments)
         sys.stdout.flush()
     except AutoplanError as error:
@@ -303,7 +303,7 @@ def _doctor_text(found: dict[str, Any]) -> str:
     for device in found["devices"]:
         environment = device["environment"]
         lines += [f"  {name.replace('_', ' '):<15}{_words(value)}" for name, value in environment.items()]
-        missing = "none found: torch.compile will not work on this CPU, eager mode will"
+        missing = "none found: torch.compile and our own kernels will not work on this CPU, torch's in eager mode will"
         lines += [f"  {'C++ compiler':<15}{found['compiler'] or missing}"]
         lines += [f"  {'cache':<15}{found['cache']['path']} ({found['cache']['records']} records)", ""]
         rows, reasons, recipes = [], [], {}

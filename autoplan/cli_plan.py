@@ -47,12 +47,15 @@ def add(commands: Any, command: AddCommand, positive: Callable[[str], int], budg
     parser.add_argument("--out", metavar="FILE", required=True, help="path or URL of the plan, .json or .pkl")
     parser.add_argument(
         "--budget", type=budget, default="high", metavar="BUDGET",
-        help="lossless, high or balanced, or the largest divergence (default: %(default)s)",
+        help="lossless, high or balanced, or the largest divergence: KL in nats per token of logits, else relative "
+        "squared error (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--candidates", type=_names, metavar="NAMES", help="such as int8_dynamic,bf16 (default: all)")
     parser.add_argument("--include", action="append", metavar="GLOB", help="plan only layers of such names; repeatable")
     parser.add_argument("--exclude", action="append", metavar="GLOB", help="leave layers of such names; repeatable")
-    parser.add_argument("--compiled", action="store_true", help="plan for a model that will run under torch.compile")
+    parser.add_argument(
+        "--compiled", action="store_true", help="plan for a model that will run under torch.compile (default: eager)"
+    )
     parser.add_argument("--batch", type=positive, default=8, metavar="N", help="texts per batch (default: %(default)s)")
     parser.add_argument("--max-seconds", type=float, metavar="S", help="stop measuring after about this long")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
@@ -146,9 +149,7 @@ def _apply(arguments: argparse.Namespace) -> int:
         print(json.dumps({**done, "stale": list(applied.stale), **_summary(plan)}, indent=2))
     else:
         switched = _summary(plan)["switched"]
-        print(
-            f"{switched} of {len(plan.layers)} layers quantized; {nbytes / 1e6:.1f} MB written to {weights}, the plan"
-        )
+        print(f"{switched} of {len(plan.layers)} layers changed; {nbytes / 1e6:.1f} MB written to {weights}, the plan")
         print(f"to {plan_file}. To load them: build the float model, apply_plan(model, plan, weights='skip'), then")
         print("model.load_state_dict(safetensors.torch.load_file(...), assign=True)")
     return 0

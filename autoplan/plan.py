@@ -39,7 +39,7 @@ class Plan:
     fingerprints: dict[str, Any]  # environment, model, data, options
     frontier: tuple[FrontierPoint, ...]
     gap: float  # certified, relative: no plan is faster by more than this under the predictions
-    price_us: float  # microseconds that one unit of divergence buys at the optimum
+    price_us: float  # microseconds that one unit of divergence buys at the optimum; in a time budget, the inverse
     outcome: Outcome | None  # None for a point of the frontier that was not measured
     planning_seconds: dict[str, float]  # stage -> seconds
     kappa: float = 1.0  # where there is no outcome to tell it: that of the plan this is another point of
@@ -49,15 +49,17 @@ class Plan:
 
     @property
     def baseline_us(self) -> float:
+        """`us` of the float model, on plain F.linear."""
         return sum(layer.baseline_us for layer in self.layers)
 
     @property
     def us(self) -> float:
-        """Predicted time of the planned layers, microseconds per forward."""
+        """Predicted microseconds in the planned layers, in one forward of each workload times its weight."""
         return sum(layer.choice.us or 0.0 for layer in self.layers)
 
     @property
     def predicted_divergence(self) -> float:
+        """In the unit of the budget: KL in nats per token of logits, else relative squared error."""
         return sum(self.scaled_harm(layer.choice) for layer in self.layers)
 
     def scaled_harm(self, option: Option) -> float:
@@ -81,7 +83,7 @@ class Plan:
         """Another point of the frontier, solved anew from the stored evidence: nothing is measured.
 
         `divergence` and `nbytes` are limits to be fastest under; `speedup` (of the planned layers, predicted) is a
-        target to be most accurate at. Raises BudgetError when the point does not exist, or not one of them is given.
+        target to be most accurate at. Raises BudgetError when the point does not exist, or none of them is given.
         """
         given = {"divergence": divergence, "speedup": speedup, "nbytes": nbytes}
         if sum(value is not None for value in given.values()) == 0:
@@ -114,7 +116,8 @@ class Plan:
                 here, or is surely slower as a whole, every layer stays float.
             output, cache, progress, seed: as for `autoplan`.
 
-        Raises PlanMismatchError when it is another model; CandidateError when a pinned choice cannot run here.
+        Raises PlanMismatchError when it is another model; RecordingError when the model is planned already;
+        CandidateError when a pinned choice cannot run here.
         """
         return _revalidators[-1](self, model, inputs, **options)
 

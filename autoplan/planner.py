@@ -6,7 +6,6 @@ import copy
 import functools
 import logging
 import math
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +45,7 @@ from autoplan.records import (
     Sensitivity,
     Shape,
 )
-from autoplan.request import Distributed, Evaluate, Patterns, Request, device_of
+from autoplan.request import Distributed, Evaluate, Patterns, Request, device_of, shown
 from autoplan.selection import (
     PLAIN,
     Budget,
@@ -89,25 +88,28 @@ def autoplan(
     """Give every Linear of `model` the fastest candidate that keeps the model's output inside `budget`, in place.
 
     With `example_inputs` the model is recorded on them, planned and changed before this returns. Without, the first
-    call of the model records and returns its own float output; the plan is made and applied right after it. A model
-    that is planned already is returned as it is, with a warning.
+    call of the model records and returns its own float output, once the plan is made and applied; if that fails, a
+    warning says why, and the float model stays. A model that is planned already is returned as it is, with a warning.
 
     Args:
         model: a module, or what `torch.compile` made of one; the same object is returned.
         example_inputs: a Tensor, a tuple (arguments), a mapping (keyword arguments), or an iterable of these (batches).
         budget: a `Budget`, or "lossless", "high", "balanced".
         candidates: names or `Candidate` objects to choose among; by default all that the device supports.
+            "int4_grouped" stands for `int4_g32`, `int4_g64` and `int4_g128`.
         include, exclude: fnmatch globs on layer names; exclude wins.
-        pin: {glob: candidate}, forced on the layers that match, however slow (but never below 10 dB SQNR).
+        pin: {glob: candidate}, forced on the layers that match, however slow; below 10 dB SQNR it is a BudgetError.
         groups: each item a glob, or several, whose layers must get one candidate.
         output: picks the output tensor that the divergence is measured on. Of a model that returns logits as a plain
             tensor, `lambda y: {"logits": y}` says so.
         loss: `callable(what the model returns) -> Tensor`, one number, a mean over tokens or samples: harm is predicted
             from its gradient (the empirical Fisher) instead of labels drawn from the model's own output.
-        evaluate: `callable(model) -> float`, higher is better, or `(callable, tolerance)`: the last judge of the plan.
+        evaluate: `callable(model) -> float`, higher is better, or `(callable, tolerance)`: the last judge of the plan,
+            whose score may be lower than the float model's by the tolerance, else by 1 % of it.
         cache: a `PlanCache`, a folder, file or fsspec URL, None for the user's own cache folder, False for none.
         compiled: whether the model will run compiled, on CUDA with CUDA graphs; None: exactly if it is wrapped by
             `torch.compile`, and without CUDA graphs if that is how it was wrapped (see its `mode="reduce-overhead"`).
+            `model.compile()` does not wrap it: say True.
         batch_invariant: one kernel per layer, whatever the rows of a call.
         max_seconds: stop measuring after about this long and plan with what is known.
         progress: None shows a bar on a terminal, False nothing; or `callable(stage, done, total)`.
@@ -120,7 +122,8 @@ def autoplan(
             device, where None refuses ranks that are unlike. A process group: its ranks.
 
     Raises:
-        AutoplanError: an argument cannot be used; the message says which, and the remedy.
+        AutoplanError: an argument cannot be used; the message says which, and the remedy. BudgetError if no plan fits,
+            CandidateError for an unknown candidate, RecordingError for inputs or patterns that find no layer.
     """
     request = Request(
         budget, candidates, include, exclude, pin, groups, output, loss, evaluate, cache, compiled, batch_invariant,
@@ -173,7 +176,10 @@ def make_plan(
     strict: bool = False,
     distributed: Distributed = None,
 ) -> Plan:
-    """Plan `model` on what `recording` saw, and change nothing. Arguments and errors as for `autoplan`."""
+    """Plan `model` on what `recording` saw, and change nothing. Arguments and errors as for `autoplan`.
+
+    Raises RecordingError where the recording is of another model or empty, or the model is planned already.
+    """
     request = Request(
         budget, candidates, include, exclude, pin, groups, output, loss, evaluate, cache, compiled, batch_invariant,
         max_seconds, progress, seed, strict, distributed,
@@ -195,7 +201,7 @@ def _make_plan(model: nn.Module, recording: Recording, request: Request, ranks: 
     # One planning at a time: two that time at once would time each other.
     with (
         _planning_lock,
-        _progress(request.progress) as progress,
+        shown(request.progress) as progress,
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),  # where kernels are timed
     ):
         return _Planning(_replica(root), recording, request, mode, progress, ranks).run()
@@ -425,27 +431,6 @@ class _Planning:
             made = stand_ins(self.model, (layer.name,), option.candidate, option.program)
             sizes[key] = made[layer.name].nbytes()
         return sizes[key]
-
-
-@contextmanager
-def _progress(progress: Progress | bool | None) -> Iterator[Progress]:
-    """What to tell how far planning is: the caller's callable, a bar on a terminal, or nobody."""
-    if callable(progress):
-        yield progress
-        return
-    if progress is False or (progress is None and not sys.stderr.isatty()):
-        yield lambda stage, done, total: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(bar_format="{desc} {bar} {n_fmt}/{total_fmt} {elapsed}", leave=False, file=sys.stderr) as bar:
-
-        def show(stage: str, done: int, total: int) -> None:
-            bar.set_description_str(f"autoplan: {stage}", refresh=False)
-            bar.total, bar.n = total, done
-            bar.refresh()
-
-        yield show
 
 
 class _FirstCall:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -199,6 +201,27 @@ class Request:
             "batch_invariant": self.batch_invariant,
             "seed": self.seed,
         }
+
+
+@contextmanager
+def shown(progress: Progress | bool | None) -> Iterator[Progress]:
+    """What to tell how far planning is: the caller's callable, a bar on a terminal, or nobody."""
+    if callable(progress):
+        yield progress
+        return
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        yield lambda stage, done, total: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(bar_format="{desc} {bar} {n_fmt}/{total_fmt} {elapsed}", leave=False, file=sys.stderr) as bar:
+
+        def show(stage: str, done: int, total: int) -> None:
+            bar.set_description_str(f"autoplan: {stage}", refresh=False)
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        yield show
 
 
 def device_of(profile: LayerProfile) -> Device:

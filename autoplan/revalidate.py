@@ -25,7 +25,7 @@ from autoplan.options import Menu, Rules
 from autoplan.plan import Plan, revalidates
 from autoplan.recorder import as_calls, device_of_model, record, refuse_planned, unwrap
 from autoplan.records import NO_DIVERGENCE, LayerPlan, LayerProfile, Measurement, Option, Outcome, Shape
-from autoplan.request import device_of
+from autoplan.request import device_of, shown
 from autoplan.selection import (
     PLAIN,
     choose,
@@ -49,7 +49,7 @@ def revalidate(
     *,
     output: OutputPicker | None = None,
     cache: PlanCache | str | Path | bool | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
 ) -> Plan:
     """`Plan.revalidate`; told there."""
@@ -59,7 +59,8 @@ def revalidate(
     check_match(root, plan, "check")
     if device_of_model(root).type == "meta":
         raise PlanMismatchError("the model is on the meta device, where nothing can be timed: load its weights first")
-    return _Revalidation(plan, root, resolve(cache), progress, seed).run(inputs, output, began)
+    with shown(progress) as told:
+        return _Revalidation(plan, root, resolve(cache), told, seed).run(inputs, output, began)
 
 
 @dataclass
@@ -67,7 +68,7 @@ class _Revalidation:
     plan: Plan
     model: nn.Module
     cache: PlanCache | None
-    progress: Progress | None
+    progress: Progress
     seed: int
 
     def run(self, inputs: Any, output: OutputPicker | None, began: float) -> Plan:

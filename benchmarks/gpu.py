@@ -1,6 +1,6 @@
 """Every kernel for the GPU: is it right, how long does it take, how near is that to what the hardware allows?
 
-    python benchmarks/gpu.py                             # Llama-3-8B's layers, under 8 minutes on an H200
+    python benchmarks/gpu.py                             # Llama-3-8B's layers; meant to take under 8 minutes on an H200
     python benchmarks/gpu.py --shapes 4096x4096 --rows 1 16
     python benchmarks/gpu.py --write-seeds kernels/cuda/seeds.json
     python benchmarks/gpu.py --device cpu --small        # does the script work? Of no use as a measurement

@@ -3,8 +3,8 @@
     python benchmarks/linear.py                        # the default shapes, float32 and bfloat16, eager
     python benchmarks/linear.py --shapes 4096x4096 --rows 1 8 256 --dtypes float32
 
-For each shape and number of rows, all candidates are raced on rotated copies of random weights (cold caches, as in
-planning). What the planner would run is then raced against plain F.linear a second time, on fresh weights: that ratio
+For each shape and number of rows, all candidates are raced on rotated copies of random weights, as for a model that no
+cache holds. What the planner would run is then raced against plain F.linear a second time, on fresh weights: that ratio
 is the one to quote, for it did not take part in the choice. Prints a table and writes a CSV with device and versions.
 """
 

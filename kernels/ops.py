@@ -134,7 +134,11 @@ class Kernel:
 
     def rejects(self, spec: LinearSpec) -> str | None:
         """None when this kernel can run a layer of `spec` on this machine, else the reason."""
-        return self.supports(spec) or _probe_once(find_kernel(base_name(self.name)))
+        return self.supports(spec) or self.lacks()
+
+    def lacks(self) -> str | None:
+        """None when this machine can run it, else what is missing."""
+        return _probe_once(self if self.name == DEQUANTIZE else find_kernel(base_name(self.name)))
 
 
 _KERNELS: dict[str, Kernel] = {}

@@ -214,6 +214,7 @@ def test_other_weights_are_refused(run: Run, planned: Plan) -> None:
         (["models:build", "--out", "p.yaml"], "its suffix must be one of .json, .pkl"),
         (["models:build", "--candidates", "int3"], "no candidate is named 'int3'"),
         (["models:build", "--budget", "highest"], "lossless, high, balanced"),
+        (["models:build", "--budget", "-1"], "must be a positive number"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run: Run, timer: Any, arguments: list[str], complaint: str) -> None:

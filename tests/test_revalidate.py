@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autoplan import Budget, Plan, PlanCache, apply_plan, autoplan, make_plan, plan_of, record
 from autoplan.errors import AutoplanError, CandidateError, PlanMismatchError
+from autoplan.kernels import ops
 
 LOOSE = Budget(divergence=0.5)
 CANDIDATES = ["bf16", "int8_dynamic", "int8_weight_only"]
@@ -40,6 +41,24 @@ def foreign(timer: Any, **options: Any) -> Plan:
 
 def chosen(plan: Plan) -> list[str]:
     return [layer.chosen for layer in plan.layers]
+
+
+def test_kernels_that_cannot_run_here_are_told_when_a_plan_is_applied(
+    timer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = foreign(timer)
+    plan = replace(plan, fingerprints={})  # made here, where all of them could
+    used = plan.layers[0].choice.program.partition(",")[0].partition(":")[2]
+    monkeypatch.setattr(ops, "_probe_once", lambda kernel: "no compiler" if kernel.name == used else None)
+    with caplog.at_level(logging.WARNING):
+        assert plan_of(apply_plan(model(), plan)).stale == (f"{used} cannot run here: no compiler",)
+    assert "chooses what can run" in caplog.text
+
+
+@pytest.mark.parametrize("progress", [None, True, False])
+def test_progress_is_shown_as_for_a_plan(timer: Any, progress: bool | None) -> None:
+    plan = foreign(timer)
+    assert chosen(plan.revalidate(model(), cache=False, progress=progress)) == chosen(plan)
 
 
 def test_a_choice_that_holds_stays(timer: Any, caplog: pytest.LogCaptureFixture) -> None:

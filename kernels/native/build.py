@@ -1,7 +1,8 @@
 """Compiles the C++ of this folder for the CPU at hand, once, on first use, and loads it.
 
 A plain C interface called through ctypes: no torch headers, so that compiling takes seconds and one binary serves every
-torch version. It is kept in the user's cache folder under a digest of all that it depends on.
+torch version. It is kept in the user's cache folder under a digest of the source, the flags and the CPU's features:
+where it is, no compiler is needed any more.
 """
 
 from __future__ import annotations
@@ -65,17 +66,16 @@ def _cpu_features() -> set[str]:
 
 
 def _binary(features: set[str], flags: tuple[str, ...]) -> Path:
-    path = compiler()
-    if path is None:
-        raise KernelError("no C++ compiler was found: install g++, or name one in CXX")
     folder = Path(__file__).resolve().parent
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256(repr((path, version, _FLAGS, flags, sorted(features))).encode())
+    digest = hashlib.sha256(repr((os.environ.get("CXX"), _FLAGS, flags, sorted(features))).encode())
     for source in sorted([*folder.glob("*.cpp"), *folder.glob("*.h")]):
         digest.update(source.read_bytes())
     kept = platformdirs.user_cache_path("autoplan") / "native" / f"{digest.hexdigest()[:32]}.so"
     if kept.exists():
         return kept
+    path = compiler()
+    if path is None:
+        raise KernelError("no C++ compiler was found: install g++, or name one in CXX")
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
         made = Path(scratch) / kept.name
