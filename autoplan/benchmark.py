@@ -231,7 +231,7 @@ def _arms(shape: Shape, seed: int, last: Arms | None = None) -> Arms:
 def _race(
     arms_of: Arms, contenders: Sequence[Contender], seed: int, between: int, max_seconds: float
 ) -> list[Measurement]:
-    """One race, with so many copies of each weight that `between` bytes are read before one comes round again.
+    """One race, with copies of each weight, so many that it is as cold as in a model with `between` bytes of weights.
 
     At a shape with parts, the baseline is the parts one after another, and a contender the product of all.
     """
@@ -249,7 +249,11 @@ def _race(
             except Exception as error:  # a result like an exception while it is timed: the report tells it
                 failures[key] = _failure(error)
         baseline = "/".join(first)
-        copies = copies_on_gpu(weight.nbytes) if on_gpu else _copies(between, weight.nbytes * (1 + len(makers) / 2))
+        copies = (
+            copies_on_gpu(weight.nbytes)
+            if on_gpu
+            else _copies(between, weight.nbytes, weight.nbytes * (1 + len(makers) / 2))
+        )
         arms = _dealt(makers, first, copies, random.Random(seed), failures)
         calls, notes = 1, dict[str, str]()
         if on_gpu and shape.mode == COMPILED:
@@ -394,18 +398,30 @@ def copies_on_gpu(weight_bytes: int) -> int:
 
 
 def bytes_between(model_bytes: int | None) -> int:
-    """The bytes that a CPU reads from when a layer's weight was used until it is used again.
+    """The bytes of weights that a CPU reads from when a layer's weight was used until it is used again.
 
-    Those of the model, rounded down to a power of two for timings to be of use to models of about its size; if they
+    Those of the model, rounded up to a power of two for timings to be of use to models of about its size; if they
     overflow the last-level cache, or are not known, what is enough to overflow it.
     """
-    enough = int(1.2 * last_level_cache_bytes())
-    return enough if model_bytes is None or model_bytes >= enough else 1 << max(model_bytes, 1).bit_length() - 1
+    enough = _enough_to_overflow()
+    return enough if model_bytes is None else min(enough, 1 << max(model_bytes - 1, 1).bit_length())
 
 
-def _copies(between: int, bytes_a_round: float) -> int:
-    """So many copies of each weight that one turn through all arms' copies reads `between` bytes: from 2 to 64."""
-    return max(2, min(_MAX_COPIES, math.ceil(between / bytes_a_round)))
+def _enough_to_overflow() -> int:
+    return int(1.2 * last_level_cache_bytes())
+
+
+def _copies(between: int, weight_bytes: int, bytes_a_round: float) -> int:
+    """So many copies of each weight that it is as cold as in a model with `between` bytes of weights: from 2 to 64.
+
+    A batch of quick calls goes round an arm's copies by itself, so there are as many as such layers fill the model
+    with. But if the model stays in the last-level cache, so do the copies of all arms; else they overflow it.
+    """
+    if between >= _enough_to_overflow():
+        wanted = between / bytes_a_round
+    else:
+        wanted = min(between / weight_bytes, 0.5 * last_level_cache_bytes() / bytes_a_round)
+    return max(2, min(_MAX_COPIES, math.ceil(wanted)))
 
 
 def last_level_cache_bytes() -> int:

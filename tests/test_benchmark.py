@@ -52,9 +52,12 @@ def test_the_shapes_of_a_layer() -> None:
 
 def test_weights_are_as_cold_as_the_model_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "last_level_cache_bytes", lambda: 1000)
-    assert [benchmark.bytes_between(size) for size in (None, 5000, 1200, 1199, 300, 256, 0)] == [
-        *[1200] * 3, 1024, *[256] * 2, 1]  # fmt: skip
-    assert [benchmark._copies(1200, size) for size in (1, 100, 400, 600, 1e9)] == [64, 12, 3, 2, 2]
+    sizes = (None, 5000, 1200, 1025, 1024, 257, 256, 1)
+    assert [benchmark.bytes_between(size) for size in sizes] == [*[1200] * 4, 1024, 512, 256, 2]
+    in_memory = [(1, 1), (1, 100), (1, 400), (1, 600), (1, 1e9)]
+    assert [benchmark._copies(1200, *sizes) for sizes in in_memory] == [64, 12, 3, 2, 2]
+    in_cache = [(10, 40), (10, 20), (1, 4), (200, 800), (2, 500)]
+    assert [benchmark._copies(256, *sizes) for sizes in in_cache] == [13, 25, 64, 2, 2]
     monkeypatch.undo()
     assert benchmark.last_level_cache_bytes() >= 1 << 15
 
