@@ -124,7 +124,7 @@ def _call_directly() -> None:
         direct = x.get_device().type == "cpu" and x.get_dtype() == dtype and not V.graph.cpp_wrapper
         if not direct or (norm and not ops.writes_in_place(program)):
             return as_op(x, packed, bias, program, out_features, dtype, activation, pieces, norm, eps)
-        layout = ir.FixedLayout(x.get_device(), dtype, [x.get_size()[0], out_features])
+        layout = ir.FixedLayout(x.get_device(), dtype, [x.get_size()[0], ops.width(out_features, activation)])
         others = [ir.ExternKernel.realize_input(tensor) for tensor in ([*packed] if bias is None else [*packed, bias])]
         if not ops.writes_in_place(program):
             settings = {"has_bias": bias is not None, "program": program, "activation": activation}

@@ -31,6 +31,23 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {  # in the order of `en
 }
 
 
+# Functions that halve what they are given: that activation of the first half of the features, times the second half.
+GATED: Mapping[str, str] = {"reglu": "relu", "swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """The function of that name of ACTIVATIONS or GATED."""
+    if activation not in GATED:
+        return ACTIVATIONS[activation](y)
+    gate, up = y.chunk(2, dim=-1)
+    return ACTIVATIONS[GATED[activation]](gate) * up
+
+
+def width(out_features: int, activation: str) -> int:
+    """How many features there are after the activation."""
+    return out_features // 2 if activation in GATED else out_features
+
+
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
     """What decides whether a kernel can run a layer: sizes, the dtype that its input arrives in, and the GPU if any."""
@@ -103,12 +120,13 @@ class Kernel:
     behind the op `autoplan::linear`.
 
     `into(dtype, bias_dtype, activation, pieces, rows, eps)`, where a kernel has it, gives a function of (x, *packed,
-    *bias, *norm, out=...) that writes what `run` returns into `out`, after the function that ACTIVATIONS has under that
-    name; x and out are of `dtype`, and without a `bias_dtype` there is no bias. So whatever does not change from call
-    to call is looked up once. If it gets the sizes of `pieces`, multiples of 32 that sum up to out_features, each piece
-    of so many features lies in `out` by itself, contiguous, one after another. Where the number of rows is given, x may
-    have any shape of so many rows. With `eps`, `norm` is a residual [rows, out_features], which is added, and the
-    weight and the bias [out_features] of a layer norm that follows, all of `dtype`; without, there is none.
+    *bias, *norm, out=...) that writes what `run` returns into `out`, after the function that ACTIVATIONS or GATED (with
+    halves that are multiples of 32) has under that name; x and out are of `dtype`, and without a `bias_dtype` there is
+    no bias. So whatever does not change from call to call is looked up once. If it gets the sizes of `pieces`,
+    multiples of 32 that sum up to out_features, each piece of so many features lies in `out` by itself, contiguous, one
+    after another. Where the number of rows is given, x may have any shape of so many rows. With `eps`, `norm` is a
+    residual [rows, out_features], which is added, and the weight and the bias [out_features] of a layer norm that
+    follows, all of `dtype`; without, there is none.
 
     `pair`, where a kernel has it, writes what two layers give, one after the other; their weights are one tensor each.
 
@@ -261,17 +279,18 @@ def run_linear(
 ) -> Tensor:
     """What `autoplan::linear` computes: the kernel for so many rows on `x` [rows, in_features], then the activation.
 
-    [rows, out_features]; with `pieces`, in that shape and memory, [rows, size] for each of the sizes one after another.
+    [rows, `width` of out_features]; with `pieces`, in that shape and memory, [rows, size] for each of the sizes one
+    after another.
     With `norm` and `eps`, a residual is added and a layer norm follows, as `Kernel` says.
     """
     rows = x.shape[0]
     kernel, own = step(program, rows)
     if rows and kernel.into is None:
-        y = ACTIVATIONS[activation](kernel.run(x, packed[own], bias, dtype))
+        y = activate(kernel.run(x, packed[own], bias, dtype), activation)
         if eps is not None:
             y = F.layer_norm(y + norm[0].view_as(y), (out_features,), norm[1], norm[2], eps)
         return torch.cat([piece.flatten() for piece in y.split(list(pieces), 1)]).view_as(y) if pieces else y
-    out = x.new_empty((rows, out_features), dtype=dtype)
+    out = x.new_empty((rows, width(out_features, activation)), dtype=dtype)
     if rows and kernel.into is not None:
         if x.dtype is not dtype:
             x = x.to(dtype)
@@ -337,11 +356,18 @@ def define_op(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tenso
 
 
 def _linear_fake(
-    x: Tensor, packed: Packed, bias: Tensor | None, program: str, out_features: int, dtype: torch.dtype, *_: object
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    program: str,
+    out_features: int,
+    dtype: torch.dtype,
+    activation: str,
+    *_: object,
 ) -> Tensor:
     for watcher in tracing_watchers:
         watcher()
-    return x.new_empty((x.shape[0], out_features), dtype=dtype)
+    return x.new_empty((x.shape[0], width(out_features, activation)), dtype=dtype)
 
 
 define_op(

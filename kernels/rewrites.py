@@ -5,6 +5,9 @@ otherwise it would be written, read and written again. Kernels that cannot are l
 function with its other neighbours. Inductor has taken functions apart by then. What a function looks like is found by
 having it taken apart as well.
 
+Gates: where one half of a layer's output, after an activation, is multiplied with the other, as of gate and up
+projections that run as one product, the kernel does that and writes half as much.
+
 Norms: where all that the output of a layer is used for is to be added to a residual and normalized (as BERT does), the
 kernel does that to rows while they are in a cache.
 
@@ -38,6 +41,8 @@ _logger = logging.getLogger(__name__)
 
 def rewrite(layer: fx.Node) -> None:
     """Take into a call of `autoplan::linear` what its kernel can do of what comes after it."""
+    if gate(layer):
+        return
     fuse(layer)
     if not (normalize(layer) or join(layer)):
         split(layer)
@@ -115,6 +120,71 @@ def _taken_apart(function: Callable[..., Tensor], *tensors: Tensor) -> str:
             break
         names[node] = (str(len(names) - 1) if names else "y") if node.op == "placeholder" else _said(node, names)
     return names[node.args[0]]
+
+
+# Gates.
+
+
+def gate(layer: fx.Node) -> bool:
+    """Have a layer multiply one half of its output, after an activation, with the other, if that becomes of it."""
+    output, features = _output(layer), cast("int", layer.args[4])
+    slices = {_part(use): use for use in output.users}
+    if (
+        features % (2 * _STRIP)
+        or len(output.users) != 2
+        or {*slices} != {(0, features // 2), (features // 2, features)}
+    ):
+        return False
+    within = dict[fx.Node, str]()  # what is computed of both halves, which are called y and 0
+    for name, (_, half) in zip("y0", sorted(slices.items()), strict=True):
+        within |= dict.fromkeys([half, *(use for use in half.users if _copies(use))], name)
+    looks = _gated_looks(layer.meta["val"].dtype)
+    for node in _following(output):
+        if node in within or not node.all_input_nodes or any(source not in within for source in node.all_input_nodes):
+            continue
+        within[node] = _said(node, within)
+        if name := looks.get(within[node]):
+            return _take_gate(layer, output, name, node, {*within} - {node})
+    return False
+
+
+def _copies(node: fx.Node) -> bool:
+    """Whether it makes a contiguous copy."""
+    return node.target is torch.ops.aten.clone.default and node.kwargs == {"memory_format": torch.contiguous_format}
+
+
+def _take_gate(layer: fx.Node, output: fx.Node, name: str, last: fx.Node, between: set[fx.Node]) -> bool:
+    if any(use not in between and use is not last for node in between for use in node.users):
+        return False
+    graph = last.graph
+    with graph.inserting_before(last):
+        own = _call(graph, LINEAR, *layer.args[:6], name, [], [], None)
+        if output is not layer:
+            own = _call(graph, torch.ops.aten.reshape.default, own, list(last.meta["val"].shape))
+    last.replace_all_uses_with(own)
+    for gone in [node for node in reversed(graph.nodes) if node is last or node in between]:
+        graph.erase_node(gone)
+    for gone in [output, layer] if output is not layer else [layer]:
+        graph.erase_node(gone)
+    return True
+
+
+@functools.cache
+def _gated_looks(dtype: torch.dtype) -> dict[str, str]:
+    """{what the last node of a gate computes: its name}, as this Inductor takes them apart."""
+
+    def look(activation: str, product: Callable[[Tensor, Tensor], Tensor]) -> str:
+        def function(y: Tensor, up: Tensor) -> Tensor:
+            return product(ops.ACTIVATIONS[activation](y), up)
+
+        return _taken_apart(function, torch.ones(2, 2, dtype=dtype), torch.ones(2, 2, dtype=dtype))
+
+    try:
+        products = (lambda gate, up: gate * up, lambda gate, up: up * gate)
+        return {look(kind, product): name for name, kind in ops.GATED.items() for product in products}
+    except Exception as error:  # as for activation functions
+        _logger.info("gates are not taken into layers: %s: %s", type(error).__name__, error)
+        return {}
 
 
 # Norms.
@@ -249,16 +319,26 @@ def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     return node
 
 
+def _part(use: fx.Node) -> tuple[int, int] | None:
+    """From which feature on, and up to which, `use` takes a layer's output, if it does that alone."""
+    if use.target is not torch.ops.aten.slice.Tensor or len(use.args) > 4:
+        return None
+    source, value = use.args[0].meta["val"], use.meta["val"]  # type: ignore[union-attr]
+    if use.args[1] not in (-1, value.dim() - 1) or not isinstance(use.args[2], int):
+        return None
+    return use.args[2], min(cast("int", use.args[3]), source.shape[-1])
+
+
 def _piece(use: fx.Node) -> _Piece | None:
     """The piece that `use` of a layer's output takes, if it takes one and makes a tensor of its own of it."""
-    aten = torch.ops.aten
-    if use.target is not aten.slice.Tensor or len(use.users) != 1 or len(use.args) > 4:
+    aten, part = torch.ops.aten, _part(use)
+    if part is None or len(use.users) != 1:
         return None
     value, own = use.meta["val"], next(iter(use.users))
-    if use.args[1] not in (-1, value.dim() - 1) or own.op == "output" or own.meta["val"].dtype != value.dtype:
+    if own.op == "output" or own.meta["val"].dtype != value.dtype:
         return None
-    found = _Piece(int(use.args[2]), value.shape[-1], use, own, None)  # type: ignore[arg-type]
-    if own.target is aten.clone.default and own.kwargs.get("memory_format") == torch.contiguous_format:
+    found = _Piece(part[0], value.shape[-1], use, own, None)
+    if _copies(own):
         return found
     if own.target is not aten.add.Tensor or own.kwargs or own.args[0] is not use:
         return None

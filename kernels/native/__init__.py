@@ -163,6 +163,7 @@ class _Call(ctypes.Structure):
         ("dtype", ctypes.c_int),
         ("bias_dtype", ctypes.c_int),
         ("activation", ctypes.c_int),
+        ("gated", ctypes.c_int),
         ("pieces", ctypes.POINTER(ctypes.c_int64)),
         ("eps", ctypes.c_float),
     )
@@ -175,7 +176,8 @@ def _call(
     pieces: tuple[int, ...] = (),
     eps: float | None = None,
 ) -> Any:  # a reference, as ctypes hands it on
-    call = _Call(_CODES[dtype], _CODES[bias_dtype or dtype], _ACTIVATIONS[activation], eps=eps or 0.0)
+    code = _ACTIVATIONS[ops.GATED.get(activation, activation)]
+    call = _Call(_CODES[dtype], _CODES[bias_dtype or dtype], code, activation in ops.GATED, eps=eps or 0.0)
     if pieces:
         call.pieces = (ctypes.c_int64 * len(pieces))(*pieces)
     return ctypes.byref(call)

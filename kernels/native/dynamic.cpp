@@ -144,7 +144,9 @@ void run_many(const void* x, const Weight& weight, Epilogue e, int64_t rows, int
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
     const int64_t first = by_rows ? blocks * thread / team : 0, end = by_rows ? blocks * (thread + 1) / team : blocks;
-    const int64_t left = by_rows ? 0 : strips * thread / team, right = by_rows ? strips : strips * (thread + 1) / team;
+    const int64_t pairs = strips / halves(e);
+    const int64_t left = by_rows ? 0 : pairs * thread / team * halves(e);
+    const int64_t right = by_rows ? strips : pairs * (thread + 1) / team * halves(e);
     char* const unpacked = codes + held * block_bytes + thread * own_bytes;
     char* const own = codes + (by_rows ? thread * group * block_bytes : 0);
     const auto quantize_rows = [&](int64_t from, int64_t to, int64_t origin) {
@@ -160,7 +162,8 @@ void run_many(const void* x, const Weight& weight, Epilogue e, int64_t rows, int
     for (int64_t b = first; b < end; b += group) {
       const int64_t last = b + group < end ? b + group : end, origin = by_rows ? b : 0;
       if (by_rows) quantize_rows(b * BLOCK_ROWS, last * BLOCK_ROWS < rows ? last * BLOCK_ROWS : rows, b * BLOCK_ROWS);
-      for (int64_t s = left; s < right; s++) {
+      for (int64_t n = left; n < right; n++) {
+        const int64_t s = strip_at(e, n, strips);
         products.channels(s * STRIP);
         const int32_t* start;
         const char* const strip = weight.strip(s, unpacked, &start);
@@ -420,7 +423,8 @@ void run_pair(const void* x, const Packed& first, const Packed& second, Epilogue
 template <class Weight>
 void run_as(const Call& call, const void* x, const Weight& weight, const Packed& packed, const void* bias, void* out, int64_t rows,
             int threads, const Norm& norm) {
-  const Epilogue e = {nullptr, weight.scale, bias, call.bias_dtype, out, packed.out_features, 1, call.activation, call.pieces, norm};
+  const Epilogue e = {nullptr, weight.scale, bias, call.bias_dtype, out, packed.out_features, 1, call.activation,
+                      call.gated != 0, call.pieces, norm};
   threads = team_for(rows, packed.out_features, packed.in_features, threads);
   if (call.dtype == FLOAT32) return run<Weight, FLOAT32>(x, weight, e, rows, packed.in_features, threads);
   if (call.dtype == BFLOAT16) return run<Weight, BFLOAT16>(x, weight, e, rows, packed.in_features, threads);
@@ -460,10 +464,10 @@ extern "C" void autoplan_int8_pair(const Call* call, const Call* then_call, cons
                                    const void* residual, const void* norm_weight, const void* norm_bias) {
   if (!rows) return;
   const Epilogue e = {nullptr, (const float*)packed->scale(), bias, call->bias_dtype, nullptr, packed->out_features, 1,
-                      call->activation, nullptr, {}};
+                      call->activation, false, nullptr, {}};
   const Norm norm = {residual, norm_weight, norm_bias, then_call->eps};
   const Epilogue after = {nullptr, (const float*)then->scale(), then_bias, then_call->bias_dtype, out, then->out_features, 1,
-                          then_call->activation, nullptr, norm};
+                          then_call->activation, false, nullptr, norm};
   const auto run = call->dtype == FLOAT32 ? run_pair<FLOAT32> : call->dtype == BFLOAT16 ? run_pair<BFLOAT16> : run_pair<FLOAT16>;
   run(x, *packed, *then, e, after, rows, threads);
 }

@@ -180,7 +180,7 @@ static inline void multiply(const char* block, int64_t rows, const char* strip, 
 
 // What a call asks for beside its tensors.
 struct Call {
-  int dtype, bias_dtype, activation;  // of x and out; of the bias, if there is one
+  int dtype, bias_dtype, activation, gated;  // dtypes: of x and out; of the bias, if there is one
   const int64_t* pieces;              // as Epilogue says
   float eps;                          // as Norm says
 };
@@ -192,7 +192,9 @@ struct Norm {
   float eps;
 };
 
-// What becomes of products: y = activation(product * row_scale * scale * unit + bias), in the dtype of y.
+// What becomes of products: y = activation(product * row_scale * scale * unit + bias), in the dtype of y. If they are
+// gated (Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202), y is half as wide: that of the first half of the
+// channels, times the other half without the activation. Halves are multiples of STRIP.
 struct Epilogue {
   const float* row_scale;  // [rows], or null for 1
   const float* scale;      // [out_features], or null for 1
@@ -202,6 +204,7 @@ struct Epilogue {
   int64_t out_features;
   float unit;  // another factor of scale
   int activation;
+  bool gated;
   const int64_t* pieces;  // sizes, multiples of STRIP that sum up to out_features; or null
   Norm norm;
 };
@@ -211,14 +214,25 @@ static inline __m512 scale_of(const Epilogue& e, int64_t channel, __mmask16 mask
   return e.scale ? _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, e.scale + channel), unit) : unit;
 }
 
+// What is gated is dealt to threads by halves, so that both factors of an output are of one thread.
+static inline int64_t halves(const Epilogue& e) { return e.gated ? 2 : 1; }
+
+// The i-th strip to be multiplied: where they are gated, each is followed by the one that it is multiplied with.
+static inline int64_t strip_at(const Epilogue& e, int64_t i, int64_t strips) {
+  return e.gated ? i / 2 + i % 2 * (strips / 2) : i;
+}
+
 // Where a channel of the first row is stored, and the bytes from there to the next row.
 struct Column {
   char* y;
   int64_t line;
+  bool gated;  // whether what is stored there already is multiplied with this
 
   Column() = default;
   Column(const Epilogue& e, int64_t rows, int64_t channel, int64_t bytes) {
-    int64_t first = 0, size = e.out_features;
+    int64_t first = 0, size = e.out_features / halves(e);
+    gated = channel >= size && e.gated;
+    if (gated) channel -= size;
     if (e.pieces)
       for (const int64_t* piece = e.pieces; channel >= first + (size = *piece); piece++) first += size;
     y = (char*)e.y + (rows * first + channel - first) * bytes, line = size * bytes;
@@ -242,7 +256,8 @@ static inline void store_column(const Epilogue& e, int64_t row, int64_t count, i
   for (int64_t r = 0; r < count; r++) {
     const __m512 row_scale = _mm512_set1_ps(e.row_scale ? e.row_scale[row + r] : 1);
     const __m512 y = _mm512_fmadd_ps(_mm512_mul_ps(product(r), row_scale), scale, bias);
-    store<DTYPE>(to.y + (row + r) * to.line, 0, mask, activated(y, e.activation));
+    char* const own = to.y + (row + r) * to.line;
+    store<DTYPE>(own, 0, mask, to.gated ? _mm512_mul_ps(y, load<DTYPE>(own, 0)) : activated(y, e.activation));
   }
 }
 
@@ -261,14 +276,16 @@ static inline void multiply_columns(const Epilogue& e, int64_t row, int64_t rows
 // Each thread takes output channels, STREAMS columns at a time: `begin()(streams, column, apart)`, begun once by each.
 template <int STREAMS, class Begin>
 static inline void by_columns(const Epilogue& e, int threads, const Begin& begin) {
-  const int64_t columns = ceil_div(e.out_features, 16);
+  const int64_t columns = ceil_div(e.out_features, 16) / halves(e);
 #pragma omp parallel num_threads(threads)
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
     const int64_t first = columns * thread / team, end = columns * (thread + 1) / team, apart = (end - first) / STREAMS;
     auto&& multiplied = begin();
-    for (int64_t c = first; c < first + apart; c++) multiplied(std::integral_constant<int, STREAMS>(), c, apart);
-    for (int64_t c = first + apart * STREAMS; c < end; c++) multiplied(std::integral_constant<int, 1>(), c, 0);
+    for (int64_t half = 0; half < halves(e) * columns; half += columns) {
+      for (int64_t c = first; c < first + apart; c++) multiplied(std::integral_constant<int, STREAMS>(), half + c, apart);
+      for (int64_t c = first + apart * STREAMS; c < end; c++) multiplied(std::integral_constant<int, 1>(), half + c, 0);
+    }
   }
 }
 
@@ -340,7 +357,7 @@ class Products {
       : e_(e),
         rows_(rows),
         streams_(rows * e.out_features * bytes_of(DTYPE) >= STREAMED && e.out_features % STRIP == 0 &&
-                 (uintptr_t)e.y % 64 == 0 && !e.norm.residual) {
+                 (uintptr_t)e.y % 64 == 0 && !e.norm.residual && !e.gated) {
     product_begin();
   }
 
@@ -392,7 +409,10 @@ class Products {
     for (; rows > 0; rows--, last_ += STRIP, y_ += own_->to.line) {
       const __m512 row_scale = row_scale_ ? _mm512_set1_ps(*row_scale_++) : _mm512_set1_ps(1);
       const __m512 left = scaled(0, row_scale), right = scaled(1, row_scale);
-      if (!streams_) {
+      if (own_->to.gated) {
+        store<DTYPE>(y_, 0, 0xffff, _mm512_mul_ps(left, load<DTYPE>(y_, 0)));
+        store<DTYPE>(y_, 16, 0xffff, _mm512_mul_ps(right, load<DTYPE>(y_, 16)));
+      } else if (!streams_) {
         store<DTYPE>(y_, 0, own_->mask[0], left);
         store<DTYPE>(y_, 16, own_->mask[1], right);
       } else {
@@ -405,7 +425,7 @@ class Products {
     const __m512i raw = _mm512_load_si512(last_ + 16 * half);
     const __m512 value = _mm512_mul_ps(Kind::integer ? _mm512_cvtepi32_ps(raw) : _mm512_castsi512_ps(raw), row_scale);
     const __m512 y = _mm512_fmadd_ps(value, own_->scale[half], own_->bias[half]);
-    return activated(y, e_.activation);
+    return own_->to.gated ? y : activated(y, e_.activation);
   }
 
   const Epilogue e_;

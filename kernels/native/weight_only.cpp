@@ -162,7 +162,9 @@ void run_many(const void* x, const Weight& w, const Epilogue& e, int64_t rows, i
             _mm256_store_si256((__m256i*)(to + 2 * half), narrow_bf16(v));
           }
       }
-      for (int64_t s = strips * thread / team; s < strips * (thread + 1) / team; s++) {
+      const int64_t pairs = strips / halves(e);
+      for (int64_t n = pairs * thread / team * halves(e); n < pairs * (thread + 1) / team * halves(e); n++) {
+        const int64_t s = strip_at(e, n, strips);
         dequantize<Kind>(w, s * STRIP, strip);
         dequantize<Kind>(w, s * STRIP + 16, strip + steps * TILE);
         products.channels(s * STRIP);
@@ -192,7 +194,8 @@ void run(const void* x, const Weight& w, Epilogue e, int64_t rows, int64_t in_fe
 template <class Kind>
 void run_as(const Call& call, const void* x, const Weight& w, const Packed& packed, const void* bias, void* out, int64_t rows,
             int threads, const Norm& norm) {
-  const Epilogue e = {nullptr, nullptr, bias, call.bias_dtype, out, packed.out_features, 1, call.activation, call.pieces, norm};
+  const Epilogue e = {nullptr, nullptr, bias, call.bias_dtype, out, packed.out_features, 1, call.activation,
+                      call.gated != 0, call.pieces, norm};
   threads = team_for(rows, packed.out_features, packed.in_features, threads);
   if (call.dtype == FLOAT32) return run<Kind, FLOAT32>(x, w, e, rows, packed.in_features, threads);
   if (call.dtype == BFLOAT16) return run<Kind, BFLOAT16>(x, w, e, rows, packed.in_features, threads);

@@ -193,6 +193,106 @@ def test_gradients_through_an_activation_are_refused() -> None:
         torch.ops.autoplan.linear(x, layer._packed, layer.bias, layer.program, 64, torch.float32, "gelu", [], [], None)
 
 
+# Gates.
+
+
+@pytest.mark.parametrize("name", ["fused_int8", "fused_int4", "tiled_int8", "tiled_int4"])
+@pytest.mark.parametrize("rows", [1, 3, 5, 12, 70, 700, 2100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [64, 320])
+def test_kernels_multiply_one_half_with_the_other(name: str, rows: int, dtype: torch.dtype, features: int) -> None:
+    kernel, weight = find_kernel(name), torch.randn(features, 128)
+    stored = (
+        packing.quantize_int4(weight, 64) if name.endswith("int4") else packing.quantize_per_channel(weight, torch.int8)
+    )
+    packed, bias, x = kernel.layout.pack(stored), torch.randn(features), 0.1 * torch.randn(rows, 128).to(dtype)
+    assert kernel.into is not None
+    exact = kernel.run(x.float(), packed, bias, torch.float32)
+    for activation in ops.GATED:
+        y = torch.full((rows, features // 2), torch.nan, dtype=dtype)
+        kernel.into(dtype, bias.dtype, activation)(x, *packed, bias, out=y)
+        atol = 6e-5 * float(exact.abs().max()) if activation == "geglu" else 2e-5  # as above, times the other half
+        rounding = 0.0 if dtype == torch.float32 else 2**-6  # of both factors
+        expected = ops.activate(exact, activation).to(dtype)
+        torch.testing.assert_close(y, expected, atol=max(atol, rounding), rtol=rounding)
+
+
+class Gated(nn.Module):
+    """Two siblings, one the gate of the other, and what comes after them."""
+
+    def __init__(self, after: Callable[[Tensor, Tensor], Tensor], size: int = 64, bias: bool = False) -> None:
+        super().__init__()
+        linears = [nn.Linear(32, size, bias=bias).requires_grad_(False) for _ in range(2)]
+        self.gate, self.up = (
+            PlannedLinear.from_linear("layer", linear, find_candidate("int8_dynamic"), "1:fused_int8")
+            for linear in linears
+        )
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.gate(x), self.up(x))
+
+    def joined(self) -> Gated:
+        join("gate+up", [self.gate, self.up], "1:fused_int8")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("after", "name"),
+    [
+        (lambda gate, up: F.silu(gate) * up, "swiglu"),
+        (lambda gate, up: up * F.silu(gate), "swiglu"),
+        (lambda gate, up: F.gelu(gate) * up, "geglu"),
+        (lambda gate, up: F.gelu(gate, approximate="tanh") * up, "geglu_tanh"),
+        (lambda gate, up: torch.relu(gate) * up, "reglu"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(5, 32), (2, 35, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_and_its_partner_are_one_product(
+    seen: list[str], after: Callable[[Tensor, Tensor], Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    block, x = Gated(after).to(dtype), torch.randn(shape, dtype=dtype)
+    with torch.no_grad():
+        expected = block(x)
+        seen.clear()
+        y = compiled(block.joined(), x)
+        assert seen == [name]
+        tolerance = 2e-4 if dtype == torch.float32 else 2**-6
+        torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        Gated(lambda gate, up: F.silu(up) * gate),  # the second half is the gate
+        Gated(lambda gate, up: F.silu(gate) * up + gate),
+        Gated(lambda gate, up: F.silu(gate) * up + up),
+        Gated(lambda gate, up: F.silu(gate) * (up + 1)),
+        Gated(lambda gate, up: F.silu(gate) * F.silu(up)),
+        Gated(lambda gate, up: F.silu(gate) * up, size=48),
+        Gated(lambda gate, up: F.silu(gate) * up, bias=True),
+        Gated(lambda gate, up: F.silu(gate) * gate + up),
+    ],
+)
+def test_other_uses_of_two_halves_are_left_alone(seen: list[str], block: Gated) -> None:
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        expected = block(x)
+        seen.clear()
+        torch.testing.assert_close(compiled(block.joined(), x), expected, atol=1e-5, rtol=1e-5)
+    assert seen == ["none"]
+
+
+def test_an_op_with_a_gate_runs_on_every_kernel() -> None:
+    layer, x = planned(64, 32, "1:fused_int8,7:int_mm"), torch.randn(8, 32)
+    for rows in (8, 5, 0):
+        y = torch.ops.autoplan.linear(
+            x[:rows], layer._packed, layer.bias, layer.program, 64, torch.float32, "geglu", [], [], None
+        )
+        torch.testing.assert_close(y, ops.activate(layer(x[:rows]), "geglu"), atol=1e-5, rtol=1e-5)
+
+
 # Pieces.
 
 
