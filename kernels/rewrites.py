@@ -128,16 +128,13 @@ def _taken_apart(function: Callable[..., Tensor], *tensors: Tensor) -> str:
 def gate(layer: fx.Node) -> bool:
     """Have a layer multiply one half of its output, after an activation, with the other, if that becomes of it."""
     output, features = _output(layer), cast("int", layer.args[4])
-    slices = {_part(use): use for use in output.users}
-    if (
-        features % (2 * _STRIP)
-        or len(output.users) != 2
-        or {*slices} != {(0, features // 2), (features // 2, features)}
-    ):
+    slices, parts = {_part(use): use for use in output.users}, [(0, features // 2), (features // 2, features)]
+    if features % (2 * _STRIP) or len(output.users) != 2 or any(part not in slices for part in parts):
         return False
     within = dict[fx.Node, str]()  # what is computed of both halves, which are called y and 0
-    for name, (_, half) in zip("y0", sorted(slices.items()), strict=True):
-        within |= dict.fromkeys([half, *(use for use in half.users if _copies(use))], name)
+    for called, part in zip("y0", parts, strict=True):
+        half = slices[part]
+        within |= dict.fromkeys([half, *(use for use in half.users if _copies(use))], called)
     looks = _gated_looks(layer.meta["val"].dtype)
     for node in _following(output):
         if node in within or not node.all_input_nodes or any(source not in within for source in node.all_input_nodes):
