@@ -320,10 +320,10 @@ def _part(use: fx.Node) -> tuple[int, int] | None:
     """From which feature on, and up to which, `use` takes a layer's output, if it does that alone."""
     if use.target is not torch.ops.aten.slice.Tensor or len(use.args) > 4:
         return None
-    source, value = use.args[0].meta["val"], use.meta["val"]  # type: ignore[union-attr]
+    value = use.meta["val"]
     if use.args[1] not in (-1, value.dim() - 1) or not isinstance(use.args[2], int):
         return None
-    return use.args[2], min(cast("int", use.args[3]), source.shape[-1])
+    return use.args[2], use.args[2] + value.shape[-1]
 
 
 def _piece(use: fx.Node) -> _Piece | None:

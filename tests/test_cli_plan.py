@@ -150,7 +150,7 @@ def test_a_plan_that_switches_nothing_exits_with_1(run: Run, timer: Any) -> None
 def test_planned_weights_load_into_a_model_that_was_never_quantized(run: Run, planned: Plan, out: str) -> None:
     code, text, err = run("apply", "models:build", "plan.json", "--out", out)
     assert (code, err) == (0, "")
-    assert "2 of 2 layers quantized" in text
+    assert "2 of 2 layers changed" in text
     folder = Path("planned") if out == "planned" else Path()
     weights, plan = ("model.safetensors", "plan.json") if out == "planned" else (out, "planned.plan.json")
     assert Plan.load(folder / plan) == planned

@@ -165,7 +165,7 @@ def test_another_timer_setting_is_a_miss(
 def test_weights_colder_in_another_model_are_a_miss(cache: PlanCache, timer: Any) -> None:
     measure({SHAPE: PLAIN}, here(), cache, model_bytes=3 << 20)
     assert timer.races == 2
-    measure({SHAPE: PLAIN}, here(), cache, model_bytes=2 << 20)  # about as cold
+    measure({SHAPE: PLAIN}, here(), cache, model_bytes=4 << 20)  # about as cold
     assert timer.races == 2
     measure({SHAPE: PLAIN}, here(), cache, model_bytes=5 << 20)
     assert timer.races == 3
