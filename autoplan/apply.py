@@ -14,7 +14,7 @@ from autoplan import kernels
 from autoplan.cache.fingerprint import environment, source_digest, tensor_digest
 from autoplan.candidates import find_candidate
 from autoplan.errors import AutoplanError, PlanMismatchError
-from autoplan.kernels.ops import parse_program
+from autoplan.kernels.ops import base_name, parse_program
 from autoplan.layers import PlannedLinear
 from autoplan.offload import identity, is_offloaded, values
 from autoplan.plan import Plan
@@ -184,7 +184,7 @@ def environment_differences(planned: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _kernels_lacking(layers: Iterable[PlannedLinear]) -> tuple[str, ...]:
     """The kernels of these layers that this machine cannot run, and why; none where their device is not here."""
-    used = {kernel.name: kernel for layer in layers for kernel in parse_program(layer.program)[1]}
+    used = {base_name(kernel.name): kernel for layer in layers for kernel in parse_program(layer.program)[1]}
     here = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
     return tuple(
         f"{name} cannot run here: {reason}"

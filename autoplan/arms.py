@@ -1,4 +1,4 @@
-"""What runs in a race: the layers as the planned model will run them, over copies of a weight that leave the caches."""
+"""What runs in a race: the layers as the planned model will run them, over copies of a weight."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Side by side: autoplan and what a user could pick instead, on the same work, interleaved, in one run.
 
     python benchmarks/scoreboard.py                      # every workload, the peers that matter most
-    python benchmarks/scoreboard.py --full               # every peer, every layer
+    python benchmarks/scoreboard.py --full               # every peer, more layers
     python benchmarks/scoreboard.py --workloads minilm-32x64 --peers "torchao *" "PT2E *"
 
 Writes scoreboard-<workload>.csv, scoreboard.md and scoreboard.png (speed against divergence) into
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--workloads", nargs="+", choices=TABLES, default=TABLES, metavar="NAME", help=", ".join(TABLES)
     )
     parser.add_argument("--peers", nargs="+", metavar="GLOB", help="instead of those that matter most for a table")
-    parser.add_argument("--full", action="store_true", help="every peer and every layer")
+    parser.add_argument("--full", action="store_true", help="every peer, and more single layers")
     parser.add_argument("--quick", action="store_true", help="toys, not compiled: that it works, and nothing else")
     parser.add_argument("--seconds", type=float, help="of one race (default: 8, full 30, quick 0.5)")
     parser.add_argument("--patience", type=float, default=900, help="seconds a peer may take to set up (default: 900)")

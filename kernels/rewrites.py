@@ -128,7 +128,7 @@ def _taken_apart(function: Callable[..., Tensor], *tensors: Tensor) -> str:
 def gate(layer: fx.Node) -> bool:
     """Have a layer multiply one half of its output, after an activation, with the other, if that becomes of it."""
     output, features = _output(layer), cast("int", layer.args[4])
-    slices, parts = {_part(use): use for use in output.users}, [(0, features // 2), (features // 2, features)]
+    slices, parts = {_part(use, features): use for use in output.users}, [(0, features // 2), (features // 2, features)]
     if features % (2 * _STRIP) or len(output.users) != 2 or any(part not in slices for part in parts):
         return False
     within = dict[fx.Node, str]()  # what is computed of both halves, which are called y and 0
@@ -276,7 +276,7 @@ def split(layer: fx.Node) -> None:
     args: Any = layer.args
     x, packed, bias, program, features, dtype, activation, *_ = args
     output, rows = _output(layer), layer.meta["val"].shape[0]
-    found = [_piece(use) for use in output.users]
+    found = [_piece(use, features) for use in output.users]
     pieces = sorted((piece for piece in found if piece is not None), key=attrgetter("start"))
     ends = list(itertools.accumulate((piece.size for piece in pieces), initial=0))
     if bias is not None or activation != "none" or not isinstance(rows, int):
@@ -316,19 +316,21 @@ def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     return node
 
 
-def _part(use: fx.Node) -> tuple[int, int] | None:
+def _part(use: fx.Node, features: int) -> tuple[int, int] | None:
     """From which feature on, and up to which, `use` takes a layer's output, if it does that alone."""
     if use.target is not torch.ops.aten.slice.Tensor or len(use.args) > 4:
         return None
-    value = use.meta["val"]
+    value, source = use.meta["val"], cast("fx.Node", use.args[0]).meta["val"]
     if use.args[1] not in (-1, value.dim() - 1) or not isinstance(use.args[2], int):
+        return None
+    if source.shape[-1] != features:  # rows and features are no longer apart
         return None
     return use.args[2], use.args[2] + value.shape[-1]
 
 
-def _piece(use: fx.Node) -> _Piece | None:
+def _piece(use: fx.Node, features: int) -> _Piece | None:
     """The piece that `use` of a layer's output takes, if it takes one and makes a tensor of its own of it."""
-    aten, part = torch.ops.aten, _part(use)
+    aten, part = torch.ops.aten, _part(use, features)
     if part is None or len(use.users) != 1:
         return None
     value, own = use.meta["val"], next(iter(use.users))

@@ -284,6 +284,26 @@ def test_other_uses_of_two_halves_are_left_alone(seen: list[str], block: Gated) 
     assert seen == ["none"]
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_halves_of_two_rows_side_by_side_are_no_halves_of_a_layer(seen: list[str], gated: bool) -> None:
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = planned(64, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x).view(-1, 128)
+            first, second = y[:, :32], y[:, 32:64]
+            return F.silu(first) * second if gated else first.contiguous().sin().T @ second.contiguous().cos()
+
+    block, x = Folded(), torch.randn(6, 32)
+    with torch.no_grad():
+        expected = block(x)
+        seen.clear()
+        torch.testing.assert_close(compiled(block, x), expected, atol=1e-5, rtol=1e-5)
+    assert seen == ["none"]
+
+
 def test_an_op_with_a_gate_runs_on_every_kernel() -> None:
     layer, x = planned(64, 32, "1:fused_int8,7:int_mm"), torch.randn(8, 32)
     for rows in (8, 5, 0):
