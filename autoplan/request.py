@@ -102,8 +102,8 @@ class Request:
 
     @property
     def names_its_question(self) -> bool:
-        """Whether scores can be found again by the request: what callables do, no digest can tell."""
-        return self.output is None and self.loss is None
+        """Whether scores can be found again by the request: of some callables no digest tells what they do."""
+        return all(function is None or _code(function) for function in (self.output, self.loss))
 
     def chosen_candidates(self) -> tuple[Candidate, ...]:
         return select(self.candidates)
@@ -195,8 +195,8 @@ class Request:
             "exclude": _listed(self.exclude),
             "pin": dict(self.pin or {}),
             "groups": None if self.groups is None else [_listed(patterns) for patterns in self.groups],
-            "output": None if self.output is None else _type_name(self.output),
-            "loss": None if self.loss is None else _type_name(self.loss),
+            "output": None if self.output is None else _code(self.output) or _type_name(self.output),
+            "loss": None if self.loss is None else _code(self.loss) or _type_name(self.loss),
             "mode": mode,
             "batch_invariant": self.batch_invariant,
             "seed": self.seed,
@@ -242,6 +242,14 @@ def _is_number(value: object) -> bool:
 
 def _listed(patterns: Patterns | None) -> list[str] | None:
     return None if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _code(function: object) -> str:
+    """A digest of what the caller's function does; empty where its code alone does not say."""
+    try:
+        return f"code:{fingerprint.function_digest(function)}"
+    except CacheError:
+        return ""
 
 
 def _data_digest(recording: Recording) -> str:

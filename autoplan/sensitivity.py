@@ -385,13 +385,14 @@ class Gate:
         x, y = self._x, self._y
         with torch.autocast(x.device.type, self._dtype, enabled=self._autocast):
             q = made[self._name].forward(x.to(self._dtype)).float()  # not the user's hooks: these are only rows
-        if not bool(torch.isfinite(q).all()):
-            return -math.inf
         noise = _norm(q - y)
+        if not math.isfinite(noise):
+            return -math.inf
         if noise == 0:
             return math.inf
         return 20 * math.log10(self._signal / noise) if self._signal else -math.inf
 
 
 def _norm(y: Tensor) -> float:
-    return float(torch.linalg.vector_norm(y, dtype=torch.float64))
+    rows = torch.linalg.vector_norm(y, dim=-1)
+    return float(torch.linalg.vector_norm(rows, dtype=torch.float64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dis
 import hashlib
 import importlib.metadata
 import os
@@ -10,7 +11,7 @@ import platform
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,15 @@ from torch import Tensor
 from autoplan.cache.codec import Plain, digest
 from autoplan.errors import CacheError
 
-__all__ = ["data_digest", "digest", "environment", "model_fingerprint", "source_digest", "tensor_digest"]
+__all__ = [
+    "data_digest",
+    "digest",
+    "environment",
+    "function_digest",
+    "model_fingerprint",
+    "source_digest",
+    "tensor_digest",
+]
 
 # Instruction sets that kernels for Linear are chosen by, as /proc/cpuinfo spells them.
 _X86 = ("avx2", "f16c", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16")
@@ -30,6 +39,7 @@ _COLUMNS = 4093  # prime, so that exchanging two rows of a weight also moves its
 _SAMPLES = 4096
 _CHUNK_BYTES = 64 << 20
 _SOURCE = {".py", ".cpp", ".h"}
+_READS_ELSEWHERE = {"LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "IMPORT_NAME"}
 
 
 def environment(device_type: str, kernels_digest: str) -> dict[str, Plain]:
@@ -120,6 +130,28 @@ def data_digest(data: object) -> str:
         CacheError: something else is in it; the message names its type.
     """
     return digest(_describe(data))
+
+
+def function_digest(function: object) -> str:
+    """The digest of a Python function that depends on its code and arguments alone, as `lambda y: y[0]` does.
+
+    Raises:
+        CacheError: it reads globals or imports, closes over variables, or has defaults; or is no Python function.
+    """
+    code = function.__code__ if isinstance(function, FunctionType) else None
+    if code is None or function.__closure__ or function.__defaults__ or function.__kwdefaults__:  # type: ignore[attr-defined]
+        raise CacheError(f"{function!r} has no digest: more than its code says what it does")
+    return digest(_described_code(code))
+
+
+def _described_code(code: CodeType) -> list[Plain]:
+    if elsewhere := [i.argval for i in dis.get_instructions(code) if i.opname in _READS_ELSEWHERE]:
+        raise CacheError(f"{code.co_name} has no digest: it reads {', '.join(map(str, elsewhere))}")
+    constants: list[Plain] = [
+        _described_code(value) if isinstance(value, CodeType) else repr(value) for value in code.co_consts
+    ]
+    handlers = getattr(code, "co_exceptiontable", b"")  # since Python 3.11
+    return [code.co_code.hex(), handlers.hex(), code.co_argcount, list(code.co_names), constants]
 
 
 # -- the machine -----------------------------------------------------------------------------------------------------

@@ -709,7 +709,7 @@ def test_overlapping_recordings_leave_the_compile_stance_as_it_was() -> None:
     assert torch._dynamo.eval_frame._stance == before
 
 
-def test_what_an_output_callable_picks_is_never_taken_from_the_cache(timer: Any) -> None:
+def test_what_an_output_callable_picks_is_found_again_by_its_code_alone(timer: Any) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -723,6 +723,14 @@ def test_what_an_output_callable_picks_is_never_taken_from_the_cache(timer: Any)
         model(inputs())
     first = make_plan(model, recording, output=lambda pair: pair[0], budget=LOOSE, cache=cache)
     second = make_plan(model, recording, output=lambda pair: pair[1], budget=LOOSE, cache=cache)
+    scores = len(cache.keys("sensitivities"))
+    again = make_plan(model, recording, output=lambda both: both[1], budget=LOOSE, cache=cache)
+    which = 0
+    unknown = make_plan(model, recording, output=lambda pair: pair[which], budget=LOOSE, cache=cache)
+    assert again.to_dict() == second.to_dict()
+    assert len(cache.keys("sensitivities")) == scores
+    assert unknown.fingerprints["options"]["output"].endswith("<lambda>")
+    assert option(unknown, "b", "int8_dynamic").harm == 0
     assert option(first, "b", "int8_dynamic").harm == 0 < option(first, "a", "int8_dynamic").harm
     assert option(second, "a", "int8_dynamic").harm == 0 < option(second, "b", "int8_dynamic").harm
 

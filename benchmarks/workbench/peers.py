@@ -313,6 +313,8 @@ def autoplan(budget: str, dtype: torch.dtype | None = None) -> Make:
     """One plan for all scenarios."""
 
     def make(work: Workload) -> Made:
+        if dtype is work.dtype:
+            raise RuntimeError("the model is given in this dtype as it is")
         model = work.load(dtype or work.dtype)
         with record(model) as recording:
             for scenario in work.scenarios:

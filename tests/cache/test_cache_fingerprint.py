@@ -7,6 +7,7 @@ import sys
 from collections import OrderedDict, UserDict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,6 +148,27 @@ def test_data_digest_follows_nesting() -> None:
         (([ids], 1.5), data[1]),
     ]
     assert len({digest, *map(fingerprint.data_digest, different)}) == len(different) + 1
+
+
+def test_function_digest_follows_the_code_and_refuses_what_reads_more() -> None:
+    def nested(y: Any) -> Any:
+        return [part for part in y if part is not None]
+
+    digest = fingerprint.function_digest
+    same, one, other = (lambda y: y[0]), (lambda pair: pair[0]), (lambda y: y[1])
+    assert digest(same) == digest(one)
+    functions = [one, other, lambda y: y[True], lambda y: y.a, lambda y: y.b, lambda y: {"logits": y}, nested]
+    assert len({digest(function) for function in functions}) == len(functions)
+    which = 0
+
+    def imports(y: Any) -> Any:
+        import json
+
+        return json.loads(y)
+
+    for function in (lambda y: y[which], lambda y: len(y), lambda y, at=0: y[at], imports, str.upper, Path, [].append):
+        with pytest.raises(CacheError, match="no digest"):
+            digest(function)
 
 
 def test_data_digest_of_arrays() -> None:
