@@ -394,5 +394,6 @@ class Gate:
 
 
 def _norm(y: Tensor) -> float:
+    """Of rows in float32, so for values between 1e-19 and 1e18; of all rows in float64."""
     rows = torch.linalg.vector_norm(y, dim=-1)
     return float(torch.linalg.vector_norm(rows, dtype=torch.float64))

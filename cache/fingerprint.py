@@ -6,6 +6,7 @@ import ctypes
 import dis
 import hashlib
 import importlib.metadata
+import inspect
 import os
 import platform
 import sys
@@ -39,6 +40,13 @@ _COLUMNS = 4093  # prime, so that exchanging two rows of a weight also moves its
 _SAMPLES = 4096
 _CHUNK_BYTES = 64 << 20
 _SOURCE = {".py", ".cpp", ".h"}
+_KINDS_OF_CODE = (
+    inspect.CO_VARARGS
+    | inspect.CO_VARKEYWORDS
+    | inspect.CO_GENERATOR
+    | inspect.CO_COROUTINE
+    | inspect.CO_ASYNC_GENERATOR
+)
 _READS_ELSEWHERE = {"LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "IMPORT_NAME"}
 
 
@@ -138,20 +146,31 @@ def function_digest(function: object) -> str:
     Raises:
         CacheError: it reads globals or imports, closes over variables, or has defaults; or is no Python function.
     """
-    code = function.__code__ if isinstance(function, FunctionType) else None
-    if code is None or function.__closure__ or function.__defaults__ or function.__kwdefaults__:  # type: ignore[attr-defined]
+    if not isinstance(function, FunctionType) or any(
+        (function.__closure__, function.__defaults__, function.__kwdefaults__)
+    ):
         raise CacheError(f"{function!r} has no digest: more than its code says what it does")
-    return digest(_described_code(code))
+    return digest(_described_code(function.__code__))
 
 
 def _described_code(code: CodeType) -> list[Plain]:
     if elsewhere := [i.argval for i in dis.get_instructions(code) if i.opname in _READS_ELSEWHERE]:
         raise CacheError(f"{code.co_name} has no digest: it reads {', '.join(map(str, elsewhere))}")
-    constants: list[Plain] = [
-        _described_code(value) if isinstance(value, CodeType) else repr(value) for value in code.co_consts
+    return [
+        code.co_code.hex(),
+        getattr(code, "co_exceptiontable", b"").hex(),  # since Python 3.11
+        [code.co_flags & _KINDS_OF_CODE, code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount],
+        [list(names) for names in (code.co_names, code.co_varnames, code.co_cellvars, code.co_freevars)],
+        [_described_constant(value) for value in code.co_consts],
     ]
-    handlers = getattr(code, "co_exceptiontable", b"")  # since Python 3.11
-    return [code.co_code.hex(), handlers.hex(), code.co_argcount, list(code.co_names), constants]
+
+
+def _described_constant(value: object) -> Plain:
+    if isinstance(value, CodeType):
+        return _described_code(value)
+    if isinstance(value, frozenset):  # in an order that differs between processes
+        return ["frozenset", *sorted(map(repr, value))]
+    return repr(value)
 
 
 # -- the machine -----------------------------------------------------------------------------------------------------

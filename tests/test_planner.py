@@ -724,7 +724,7 @@ def test_what_an_output_callable_picks_is_found_again_by_its_code_alone(timer: A
     first = make_plan(model, recording, output=lambda pair: pair[0], budget=LOOSE, cache=cache)
     second = make_plan(model, recording, output=lambda pair: pair[1], budget=LOOSE, cache=cache)
     scores = len(cache.keys("sensitivities"))
-    again = make_plan(model, recording, output=lambda both: both[1], budget=LOOSE, cache=cache)
+    again = make_plan(model, recording, output=lambda pair: pair[1], budget=LOOSE, cache=cache)
     which = 0
     unknown = make_plan(model, recording, output=lambda pair: pair[which], budget=LOOSE, cache=cache)
     assert again.to_dict() == second.to_dict()

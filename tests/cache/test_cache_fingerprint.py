@@ -150,15 +150,34 @@ def test_data_digest_follows_nesting() -> None:
     assert len({digest, *map(fingerprint.data_digest, different)}) == len(different) + 1
 
 
-def test_function_digest_follows_the_code_and_refuses_what_reads_more() -> None:
+def test_function_digest_follows_the_code() -> None:
     def nested(y: Any) -> Any:
         return [part for part in y if part is not None]
 
-    digest = fingerprint.function_digest
-    same, one, other = (lambda y: y[0]), (lambda pair: pair[0]), (lambda y: y[1])
-    assert digest(same) == digest(one)
-    functions = [one, other, lambda y: y[True], lambda y: y.a, lambda y: y.b, lambda y: {"logits": y}, nested]
-    assert len({digest(function) for function in functions}) == len(functions)
+    def minus(y: Any) -> Any:
+        difference = lambda a, b: a - b  # noqa: E731
+        return difference(a=y[0], b=y[1])
+
+    def reversed_minus(y: Any) -> Any:
+        difference = lambda b, a: b - a  # noqa: E731
+        return difference(a=y[0], b=y[1])
+
+    def captures_first(y: Any) -> Any:
+        return (lambda a, b: (lambda: a)())(*y)
+
+    def captures_second(y: Any) -> Any:
+        return (lambda a, b: (lambda: b)())(*y)
+
+    assert fingerprint.function_digest(lambda y: y[0]) == fingerprint.function_digest(lambda y: y[0])
+    functions: list[Any] = [
+        nested, minus, reversed_minus, captures_first, captures_second, lambda y: y[0], lambda y: y[1],
+        lambda y: y[True], lambda y: y.a, lambda y: y.b, lambda y: {"logits": y}, lambda y: y, lambda *y: y,
+        lambda **y: y, lambda *, y: y,
+    ]  # fmt: skip
+    assert len({fingerprint.function_digest(function) for function in functions}) == len(functions)
+
+
+def test_function_digest_refuses_what_reads_more_than_its_arguments() -> None:
     which = 0
 
     def imports(y: Any) -> Any:
@@ -168,7 +187,7 @@ def test_function_digest_follows_the_code_and_refuses_what_reads_more() -> None:
 
     for function in (lambda y: y[which], lambda y: len(y), lambda y, at=0: y[at], imports, str.upper, Path, [].append):
         with pytest.raises(CacheError, match="no digest"):
-            digest(function)
+            fingerprint.function_digest(function)
 
 
 def test_data_digest_of_arrays() -> None:
@@ -272,6 +291,7 @@ tensor = torch.arange(100_000).view(100, 1000).to(torch.float32)
 print(fingerprint.tensor_digest(tensor))
 print(fingerprint.tensor_digest(tensor, strict=True))
 print(fingerprint.data_digest({"ids": tensor, "names": ["a", "b"]}))
+print(fingerprint.function_digest(lambda y: "b" in {"a", "b", "c", "d"}))
 print(fingerprint.digest(fingerprint.environment("cpu", fingerprint.source_digest(fingerprint))))
 """
 
