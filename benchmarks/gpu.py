@@ -1,6 +1,7 @@
 """Every kernel for the GPU: is it right, how long does it take, how near is that to what the hardware allows?
 
-    python benchmarks/gpu.py                             # Llama-3-8B's layers; meant to take under 8 minutes on an H200
+    python benchmarks/gpu.py                             # layers of Llama-3-8B and SAM ViT-B; meant to take under 8
+                                                         # minutes on an H200
     python benchmarks/gpu.py --shapes 4096x4096 --rows 1 16
     python benchmarks/gpu.py --write-seeds kernels/cuda/seeds.json
     python benchmarks/gpu.py --device cpu --small        # does the script work? Of no use as a measurement
@@ -33,10 +34,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from decode import PEERS as TORCHAO
 from result_files import folder_of, measured_on, write_csv
 from tabulate import tabulate
 from torch import Tensor, nn
+from workbench import floor, whole
 
 from autoplan import benchmark, kernels, options, timing
 from autoplan.cache import fingerprint
@@ -48,10 +49,11 @@ from autoplan.records import COMPILED, EAGER, Call, Device, LayerProfile, Measur
 from autoplan.request import device_of
 
 SHAPES = ("4096x4096", "1024x4096", "6144x4096", "14336x4096", "28672x4096", "4096x14336", "128256x4096")
-ROWS = (1, 16, 2048, 4, 64, 32, 128, 512)  # the telling ones first, should time run out
+ROWS = (1, 16, 2048, 4, 64, 32, 128, 512)
+IMAGES = (("2304x768", 32768), ("768x768", 32768), ("3072x768", 32768), ("768x3072", 32768))  # SAM ViT-B, batch 8
 CANDIDATES = ("none", "int8_weight_only", "int8_dynamic", "fp8_weight_only", "fp8_dynamic", "int4_g128")
-PEER_ROWS = (1, 16, 2048)
-PEER_SHAPES = ("4096x4096", "14336x4096", "6144x4096")
+PEER_ROWS = (1, 16, 2048, 32768)
+PEER_SHAPES = ("4096x4096", "14336x4096", "6144x4096", *(size for size, _ in IMAGES))
 FIELDS = ("shape", "rows", "name", "kernel", "config", "us", "baseline_us", "ratio", "low", "high", "floor_us",
           "of_floor", "note")  # fmt: skip
 _SECONDS_A_RACE = 6.0
@@ -69,8 +71,7 @@ class Bench:
     device: Device
     environment: dict[str, Any]
     candidates: tuple[Candidate, ...]
-    shapes: tuple[tuple[int, int], ...]  # out_features, in_features
-    rows: tuple[int, ...]
+    cases: tuple[tuple[tuple[int, int], int], ...]  # (out_features, in_features), rows
     mode: str
     ends: float  # by time.monotonic
     seconds_a_race: float
@@ -84,11 +85,6 @@ class Bench:
         """What races at one shape."""
         menu = options.screen(self.profile(size, rows), self.candidates, self.device)
         return options.to_time([menu], self.mode)
-
-    def cases(self) -> Iterator[tuple[tuple[int, int], int]]:
-        for rows in self.rows:
-            for size in self.shapes:
-                yield size, rows
 
     def seconds_left(self) -> float:
         return self.ends - time.monotonic()
@@ -124,11 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"checked {len(to_check)} in {time.monotonic() - began:.0f} s: {len(wrong)} wrong", flush=True)
     rows: list[Row] = []
     seeds: list[Any] = []
-    for case in bench.cases():
+    for case in bench.cases:
         rows += measure(bench, *case, wrong, seeds)
     if not arguments.no_peers:
         rows += peers(bench, arguments.small)
-    order = {f"{n}x{k}": i for i, (n, k) in enumerate(bench.shapes)}
+    order = {f"{n}x{k}": i for i, (n, k) in enumerate(dict.fromkeys(size for size, _ in bench.cases))}
     rows.sort(key=lambda row: (order.get(row["shape"], len(order)), row["rows"], row["us"]))
     print(tabulate([{**row, "note": row["note"][:60]} for row in rows], headers="keys", floatfmt=".3g"))
     out = arguments.out or folder_of(bench.environment)
@@ -140,19 +136,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(arguments: argparse.Namespace, began: float) -> Bench:
-    shapes = arguments.shapes or (("96x64", "48x128") if arguments.small else SHAPES)
     profile = LayerProfile("layer", (), 64, 64, False, "bfloat16", arguments.device, ())
     return Bench(
         device=device_of(profile),
         environment=fingerprint.environment(arguments.device, fingerprint.source_digest(kernels)),
         candidates=select(arguments.candidates),
-        shapes=tuple(map(_size, shapes)),
-        rows=tuple(arguments.rows or ((1, 16) if arguments.small else ROWS)),
+        cases=tuple((_size(shape), rows) for shape, rows in _cases(arguments)),
         mode=arguments.mode,
         ends=began + arguments.seconds,
         seconds_a_race=0.1 if arguments.small else _SECONDS_A_RACE,
         seed=arguments.seed,
     )
+
+
+def _cases(arguments: argparse.Namespace) -> list[tuple[str, int]]:
+    """What is asked for, or all there is: the telling ones first, should time run out."""
+    shapes = arguments.shapes or (("96x64", "48x128") if arguments.small else SHAPES)
+    if arguments.small or arguments.shapes or arguments.rows:
+        return [(shape, rows) for rows in arguments.rows or ((1, 16) if arguments.small else ROWS) for shape in shapes]
+    first, later = ([(shape, rows) for rows in some for shape in shapes] for some in (ROWS[:3], ROWS[3:]))
+    return [*first, *IMAGES, *later]
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -177,7 +180,7 @@ class Trial:
 def trials(bench: Bench) -> list[Trial]:
     """Every kernel and config that will be timed, once, at the first of its cases; kernels also as they are, biased."""
     found: dict[tuple[str, str, bool], Trial] = {}
-    for size, rows in bench.cases():
+    for size, rows in bench.cases:
         for contender in itertools.chain.from_iterable(bench.wanted(size, rows).values()):
             candidate, kernel = contender.candidate.name, contender.kernel.name
             base = kernel.partition("@")[0]
@@ -257,11 +260,11 @@ def measure(
         best.setdefault((m.candidate, m.kernel.partition("@")[0]), []).append(m)
     for (candidate, kernel), own in best.items():
         m = own[0]
-        floor = floor_us(find_candidate(candidate), size, rows, bench)
+        least = _floor_us(find_candidate(candidate), size, rows, bench)
         us = m.ratio * m.baseline_us
         yield _row(
             size, rows, candidate, kernel, config=m.kernel.partition("@")[2], us=us, baseline_us=m.baseline_us,
-            ratio=m.ratio, low=m.ratio_low, high=m.ratio_high, floor_us=floor, of_floor=floor / us, note=m.note,
+            ratio=m.ratio, low=m.ratio_low, high=m.ratio_high, floor_us=least, of_floor=least / us, note=m.note,
         )  # fmt: skip
         configs = [m.kernel.partition("@")[2] for m in own if m.ratio < math.inf and "@" in m.kernel]
         if configs:
@@ -280,22 +283,15 @@ def _row(size: tuple[int, int], rows: int, name: str, kernel: str, **figures: An
     }  # fmt: skip
 
 
-def floor_us(candidate: Candidate, size: tuple[int, int], rows: int, bench: Bench) -> float:
-    """Microseconds that the layer's bytes or products take on this GPU, whichever is more; nan on a CPU.
-
-    Bytes: the weight with its scales, and bfloat16 activations in and out, each once.
-    """
+def _floor_us(candidate: Candidate, size: tuple[int, int], rows: int, bench: Bench) -> float:
+    """Microseconds that the layer takes on this GPU at least; nan on a CPU."""
     if bench.device.capability is None:
         return math.nan
     from autoplan.kernels.cuda.gpus import gpu_of
 
-    gpu, (n, k) = gpu_of(bench.device.capability), size
-    eight_bit = candidate.name.startswith(("int8", "fp8"))
-    weight_bytes = n * k * (1 if eight_bit else 2) + (4 * n if eight_bit else 0)
-    if candidate.group_size:
-        weight_bytes = n * k // 2 + 2 * n * k // candidate.group_size
-    rate = gpu.bf16_flops * (2 if candidate.name.endswith("_dynamic") else 1)
-    return max((weight_bytes + 2 * rows * (n + k)) / gpu.bandwidth, 2.0 * rows * n * k / rate)
+    gpu = gpu_of(bench.device.capability)  # its rates are per microsecond
+    rates = floor.Rates(1e6 * gpu.bandwidth, {"bfloat16": 1e6 * gpu.bf16_flops, "int8": 2e6 * gpu.bf16_flops})
+    return floor.floor_us(candidate, bench.profile(size, rows), rates)
 
 
 # -- other libraries -------------------------------------------------------------------------------------------------
@@ -346,7 +342,7 @@ def _hqq(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 PEERS: dict[str, Peer] = {
-    **{name: _torchao(quantize) for name, quantize in TORCHAO.items()},
+    **{name: _torchao(quantize) for name, quantize in whole.TORCHAO.items()},
     "gemlite int8 weight only": _gemlite("A16W8"),
     "gemlite int8 dynamic": _gemlite("A8W8_int8_dynamic"),
     "gemlite fp8 dynamic": _gemlite("A8W8_fp8_dynamic"),
@@ -362,15 +358,16 @@ def peers(bench: Bench, small: bool) -> Iterator[Row]:
     missing = {name: error for name, error in errors.items() if error}
     for name, error in missing.items():
         yield {**_row((0, 0), 0, name, "", note=error), "shape": "all"}
-    for rows in bench.rows if small else [rows for rows in bench.rows if rows in PEER_ROWS]:
-        for size in bench.shapes if small else [size for size in bench.shapes if size in map(_size, PEER_SHAPES)]:
-            for name, make in PEERS.items():
-                if name.partition(" ")[0] in missing:
-                    continue
-                if bench.seconds_left() <= 0:
-                    yield _row(size, rows, name, "", note="not run: the time was used up")
-                else:
-                    yield _race_peer(bench, size, rows, name, make)
+    for size, rows in bench.cases:
+        if not (small or (rows in PEER_ROWS and f"{size[0]}x{size[1]}" in PEER_SHAPES)):
+            continue
+        for name, make in PEERS.items():
+            if name.partition(" ")[0] in missing:
+                continue
+            if bench.seconds_left() <= 0:
+                yield _row(size, rows, name, "", note="not run: the time was used up")
+            else:
+                yield _race_peer(bench, size, rows, name, make)
 
 
 def _import_error(library: str) -> str | None:

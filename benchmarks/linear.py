@@ -5,7 +5,10 @@
 
 For each shape and number of rows, all candidates are raced on rotated copies of random weights, as for a model that no
 cache holds. What the planner would run is then raced against plain F.linear a second time, on fresh weights: that ratio
-is the one to quote, for it did not take part in the choice. Prints a table and writes a CSV with device and versions.
+is the one to quote, for it did not take part in the choice. The floor of a kernel is the time that its bytes or its
+products take at the rates that this machine reaches at most (workbench/floor.py), whichever is more; `of_floor` is the
+floor over the time: 1 at best, but where a cache holds the weights. Prints a table and writes a CSV with device,
+versions and those rates.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ from pathlib import Path
 import torch
 from result_files import folder_of, measured_on, write_csv
 from tabulate import tabulate
+from workbench import floor
 
 from autoplan import benchmark, kernels, options
 from autoplan.cache import fingerprint
+from autoplan.candidates import find_candidate
 from autoplan.candidates.base import select
 from autoplan.records import Call, Device, LayerProfile, Option
 from autoplan.selection import PLAIN, kernel_names
@@ -44,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     environment = fingerprint.environment("cpu", fingerprint.source_digest(kernels))
     print(f"{environment['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.mode}")
+    rates = floor.rates_of_cpu()
+    about = {"read_gb_per_s": rates.bandwidth / 1e9} | {
+        f"{kind}_tops": rates.operations[kind] / 1e12 for kind in floor.KINDS
+    }
+    print(", ".join(f"{name} {rate:.3g}" for name, rate in about.items()))
     began, rows = time.monotonic(), []
     for dtype in arguments.dtypes:
         for shape in arguments.shapes:
@@ -51,16 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             for count in arguments.rows:
                 calls = (Call("default", count, dtype, 1),)
                 profile = LayerProfile("layer", (), in_features, out_features, True, dtype, "cpu", calls)
-                rows.append(measure(profile, environment, arguments))
+                rows.append(measure(profile, environment, arguments, rates))
                 print(tabulate([rows[-1]], tablefmt="plain"), file=sys.stderr)
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
     out = arguments.out or folder_of(environment) / "linear.csv"
-    write_csv(out, rows, measured_on(environment, mode=arguments.mode))
+    rounded = {name: round(rate, 3) for name, rate in about.items()}
+    write_csv(out, rows, measured_on(environment, mode=arguments.mode, **rounded))
     print(f"{len(rows)} cases in {time.monotonic() - began:.0f} s; written to {out}")
     return 0
 
 
-def measure(profile: LayerProfile, environment: dict[str, object], arguments: argparse.Namespace) -> dict[str, object]:
+def measure(
+    profile: LayerProfile, environment: dict[str, object], arguments: argparse.Namespace, rates: floor.Rates
+) -> dict[str, object]:
     """One row of the table: what the planner would choose for speed alone, confirmed in a race of its own."""
     menu = options.screen(profile, select(arguments.candidates), Device("cpu", "cpu"))
     rules = options.Rules(arguments.mode, {"default": 1.0})
@@ -71,6 +84,7 @@ def measure(profile: LayerProfile, environment: dict[str, object], arguments: ar
     (shape,) = wanted
     lossless = found[shape, "none", "onednn"].ratio if (shape, "none", "onednn") in found else float("nan")
     ratio, low, high = confirmed(best, wanted, environment, arguments.seed + 1)
+    chosen = find_candidate(best.candidate).mode(kernel_at_these_rows(best))
     return {
         "dtype": profile.dtype,
         "shape": f"{profile.out_features}x{profile.in_features}",
@@ -82,6 +96,8 @@ def measure(profile: LayerProfile, environment: dict[str, object], arguments: ar
         "ratio": round(ratio, 3),
         "low": round(low, 3),
         "high": round(high, 3),
+        "of_floor": round(floor.floor_us(chosen, profile, rates) * ratio / layer.baseline_us, 3),
+        "plain_of_floor": round(floor.floor_us(find_candidate("none"), profile, rates) / layer.baseline_us, 3),
         "others": " ".join(
             f"{option.candidate}:{layer.baseline_us / option.us:.2f}" for option in layer.options if option.us
         ),

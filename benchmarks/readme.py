@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
+from workbench.floor import KINDS
 from workbench.peers import BASELINE, OURS, PEERS
 from workbench.tables import Row, answers, interval, number, read, read_rows
 from workbench.workloads import TABLES
@@ -126,7 +127,7 @@ def layers(folder: Path) -> str:
     lines = [
         [f"{dtype} {shape}"]
         + [
-            f"{float(row['ratio']):.2f} {row['best']}"
+            f"{float(row['ratio']):.2f} {row['best']} ({number(row['of_floor'], '.0%')})"
             for rows in SHOWN_ROWS
             for row in found
             if (row["dtype"], row["shape"], row["rows"]) == (dtype, shape, rows)
@@ -134,7 +135,11 @@ def layers(folder: Path) -> str:
         for dtype, shape in dict.fromkeys((row["dtype"], row["shape"]) for row in found)
     ]
     headers = ["layer (out x in)", *(f"{rows} rows" for rows in SHOWN_ROWS)]
-    return f"On {machine(found[0])}:\n\n{table(lines, headers)}"
+    about = found[0]
+    peaks = f"{float(about['read_gb_per_s']):.0f} GB/s, " + ", ".join(
+        f"{float(about[f'{kind}_tops']):.2g} Tops in {kind}" for kind in KINDS
+    )
+    return f"On {machine(about)}; its peak: {peaks}.\n\n{table(lines, headers)}"
 
 
 def machine(row: Row) -> str:

@@ -10,6 +10,7 @@ import math
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,8 +19,10 @@ import pytest
 import torch
 
 from autoplan import timing, validate
-from autoplan.candidates import base
+from autoplan.candidates import base, find_candidate
 from autoplan.kernels import ops
+from autoplan.kernels.cuda.gpus import gpu_of
+from autoplan.records import Device
 from autoplan.timing import compare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +84,37 @@ def test_every_kernel(script: ModuleType, tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("script", ["gpu"], indirect=True)
+def test_what_tells_most_is_measured_first(script: ModuleType) -> None:
+    def cases(**given: Any) -> list[tuple[str, int]]:
+        return script._cases(SimpleNamespace(**{"shapes": None, "rows": None, "small": False} | given))
+
+    every = cases()
+    first = 3 * len(script.SHAPES)
+    assert len(every) == len(set(every)) == len(script.SHAPES) * len(script.ROWS) + len(script.IMAGES)
+    assert every[first : first + len(script.IMAGES)] == list(script.IMAGES)
+    assert cases(shapes=["8x16"], rows=[3]) == [("8x16", 3)]
+    assert cases(small=True) == [("96x64", 1), ("48x128", 1), ("96x64", 16), ("48x128", 16)]
+
+
+@pytest.mark.parametrize("script", ["gpu"], indirect=True)
+def test_the_floor_on_a_gpu(script: ModuleType) -> None:
+    bench = SimpleNamespace(
+        device=Device("cuda", "H100", (9, 0)),
+        profile=partial(script.Bench.profile, SimpleNamespace(device=Device("cuda", "H100", (9, 0)))),
+    )
+    floor = partial(script._floor_us, size=(4096, 4096), bench=bench)
+    gpu = gpu_of((9, 0))
+    weights = 4096 * 4096
+    assert floor(find_candidate("int8_weight_only"), rows=1) == pytest.approx(
+        (weights + 4 * 4096 + 2 * 2 * 4096) / gpu.bandwidth
+    )
+    assert floor(find_candidate("int4_g128"), rows=1) == pytest.approx(
+        (weights / 2 + 3 * weights / 128 + 2 * 2 * 4096) / gpu.bandwidth
+    )
+    assert floor(find_candidate("fp8_dynamic"), rows=8192) == pytest.approx(2 * 8192 * weights / (2 * gpu.bf16_flops))
+
+
+@pytest.mark.parametrize("script", ["gpu"], indirect=True)
 def test_a_kernel_that_is_wrong_is_told_and_not_timed(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +122,32 @@ def test_a_kernel_that_is_wrong_is_told_and_not_timed(
     assert script.main([*TINY, "--no-peers", "--out", str(tmp_path)]) == 1
     assert "WRONG: Trial(candidate='int8_dynamic'" in capsys.readouterr().out
     assert {row["name"] for row in rows_of(tmp_path / "gpu.csv")} == {"none"}
+
+
+@pytest.mark.parametrize("script", ["linear"], indirect=True)
+def test_single_layers(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timer: Any) -> None:
+    rates = script.floor.Rates(1e9, {"float32": 1e9, "bfloat16": 2e9, "int8": 4e9}, cached=1024)
+    monkeypatch.setattr(script.floor, "rates_of_cpu", lambda: rates)
+    arguments = ["--shapes", "96x64", "--rows", "1", "512", "--dtypes", "float32", "--candidates", "int8_dynamic"]
+    assert script.main([*arguments, "--out", str(tmp_path / "linear.csv")]) == 0
+    few, many = rows_of(tmp_path / "linear.csv")
+    for row, plain_us, us in (
+        (few, 4 * 96 * 64 / 1e3, (96 * 64 + 4 * 96) / 1e3),  # bytes of the weight, at one a nanosecond
+        (many, 2 * 512 * 96 * 64 / 1e3, 2 * 512 * 96 * 64 / 4e3),  # or operations, at one and four
+    ):
+        baseline_us, ratio = float(row["baseline_us"]), float(row["ratio"])
+        assert row["best"] == "int8_dynamic"
+        assert float(row["plain_of_floor"]) == pytest.approx(plain_us / baseline_us, rel=0.01)
+        assert float(row["of_floor"]) == pytest.approx(us * ratio / baseline_us, rel=0.01)
+        assert (row["read_gb_per_s"], row["int8_tops"]) == ("1.0", "0.004")
+
+
+@pytest.mark.slow  # it reads a gigabyte
+@pytest.mark.parametrize("script", ["linear"], indirect=True)
+def test_what_this_cpu_can_do_at_most(script: ModuleType) -> None:
+    rates = script.floor.rates_of_cpu()
+    every = [rates.bandwidth, *rates.operations.values()]
+    assert all(map(math.isnan, every)) or all(1e8 < rate < 1e16 for rate in every)
 
 
 @pytest.mark.parametrize("script", ["overhead"], indirect=True)
@@ -149,8 +209,24 @@ def test_a_decoder(script: ModuleType, tmp_path: Path, timer: Any, monkeypatch: 
     rows = {row["variant"]: row for row in rows_of(tmp_path / "decode.csv")}
     assert {"bf16", "uniform int8_dynamic", "autoplan"} <= set(rows)
     for name in ("bf16", "uniform int8_dynamic", "autoplan"):
-        assert float(rows[name]["tokens_per_s"]) > 0, rows[name]
-    assert rows["bf16"]["layers"] == "none 8"
+        assert float(rows[name]["per_s"]) > 0, rows[name]
+    assert (rows["bf16"]["layers"], rows["bf16"]["unit"]) == ("none 8", "tokens")
+    assert rows["torchao autoquant"]["note"].startswith("failed: ")  # a library that is not here
+
+
+@pytest.mark.parametrize("script", ["diffusion"], indirect=True)
+def test_a_diffusion_transformer(
+    script: ModuleType, tmp_path: Path, timer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "compare", compare)  # planning's timer stays the fake one
+    monkeypatch.setattr(validate, "_SECONDS", 0.1)
+    arguments = ["--device", "cpu", "--small", "--mode", "eager", "--layers", "1", "--no-peers"]
+    assert script.main([*arguments, "--candidates", "int8_dynamic", "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "diffusion.csv")
+    assert [row["variant"] for row in rows] == 2 * ["bf16", "uniform int8_dynamic", "autoplan"]
+    assert {row["scenario"]: row["blocks"] for row in rows} == {"1024-pixels": "1", "512-pixels": "1"}
+    assert all(float(row["per_s"]) > 0 for row in rows)
+    assert rows[0]["layers"] == "none 5"
 
 
 @pytest.mark.parametrize("script", ["decode"], indirect=True)
@@ -218,7 +294,7 @@ def test_fake_quantizers_round_to_their_formats(script: ModuleType, monkeypatch:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["gpu", "decode"], indirect=True)
+@pytest.mark.parametrize("script", ["gpu", "decode", "diffusion"], indirect=True)
 def test_without_a_gpu_they_say_so(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main([]) == 2
     assert "--device cpu --small" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""What scoreboard.py is made of: what models are asked to do, what users could pick, tables and the picture."""
+"""What the scripts beside this folder share: models and what they are asked to do, peers, floors of time, tables."""

@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import platformdirs
@@ -73,16 +74,21 @@ def _binary(features: set[str], flags: tuple[str, ...]) -> Path:
     kept = platformdirs.user_cache_path("autoplan") / "native" / f"{digest.hexdigest()[:32]}.so"
     if kept.exists():
         return kept
-    path = compiler()
-    if path is None:
-        raise KernelError("no C++ compiler was found: install g++, or name one in CXX")
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
         made = Path(scratch) / kept.name
-        command = [path, *_FLAGS, *flags, *(str(folder / source) for source in _SOURCES), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-            raise KernelError(f"{path} could not compile it: {error}")
+        compile_library([folder / source for source in _SOURCES], made, flags)
         made.replace(kept)  # whole or not at all, also with other processes at it
     return kept
+
+
+def compile_library(sources: Sequence[Path], made: Path, flags: Sequence[str] = ()) -> None:
+    """Compile C++ for the CPU at hand to the file `made`. Raises KernelError with the compiler's first error."""
+    path = compiler()
+    if path is None:
+        raise KernelError("no C++ compiler was found: install g++, or name one in CXX")
+    command = [path, *_FLAGS, *flags, *map(str, sources), "-o", str(made)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+        raise KernelError(f"{path} could not compile it: {error}")
