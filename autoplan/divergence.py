@@ -128,15 +128,18 @@ def undisturbed(model: nn.Module, eager: bool = True) -> Iterator[None]:
                     buffer.copy_(saved)
 
 
-def call(model: nn.Module, model_input: ModelInput) -> Any:
-    """Run the model on a copy of a recorded input, in the autocast region it was recorded in."""
+def call(model: nn.Module, model_input: ModelInput, through: Callable[..., Any] | None = None) -> Any:
+    """Run the model, `through` what stands for it if that is given, on a copy of a recorded input.
+
+    It runs in the autocast region that the input was recorded in.
+    """
     dtype = getattr(torch, model_input.autocast or "bfloat16")
     args, kwargs = tree_map(
         lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf),
         (model_input.args, model_input.kwargs),
     )
     with torch.autocast(device_of_model(model).type, dtype, enabled=model_input.autocast is not None):
-        return model(*args, **kwargs)
+        return (through or model)(*args, **kwargs)
 
 
 def main_output(result: Any, picker: OutputPicker | None = None) -> tuple[Tensor, bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoplan import timing
+from autoplan import graphs, timing
 from autoplan.apply import Swap
 from autoplan.divergence import (
     OutputPicker,
@@ -344,24 +343,18 @@ def whole_model_times(
     totals = {name: [0.0, 0.0, 0.0] for name in variants}
     baseline_us = 0.0
     device = device_of_model(model).type
-    clock, batch_us = timing.clock_of(device), timing.BATCH_US.get(device, timing.BATCH_US["cpu"])
-    examples, note = _largest(model, {item.workload: item for item in reversed(inputs)}, weights, share, clock)
+    by_workload = {item.workload: item for item in reversed(inputs)}
+    examples, note = _largest(model, by_workload, weights, share, timing.clock_of(device))
     for workload, example in examples.items():
-        calls = {
-            name: _timed(model, layers, _runner(model, mode, len(examples) > 1), example)
-            for name, layers in variants.items()
-        }
-        for _ in range(_GPU_WARM_UPS if device == "cuda" else 1):
-            for call_ in calls.values():
-                call_()
-        rounds = _affordable_rounds(calls.values(), seconds / len(examples), clock)
-        results = timing.compare(
-            calls, baseline=baseline, max_rounds=rounds, min_batch_us=batch_us, seed=seed, clock=clock
-        )
-        if rounds < _MAX_ROUNDS and decisive and results[decisive].ratio_low <= 1 <= results[decisive].ratio_high:
-            results = timing.compare(
-                calls, baseline=baseline, max_rounds=_MAX_ROUNDS, min_batch_us=batch_us, seed=seed, clock=clock
-            )
+        functions, before = {name: graphs.separate(model) for name in variants}, graphs.written()
+        try:
+            calls = {
+                name: _timed(model, layers, _runner(functions[name], mode, device, len(examples) > 1), example)
+                for name, layers in variants.items()
+            }
+            results = _compared(calls, baseline, decisive, device, seconds / len(examples), seed)
+        finally:
+            graphs.forget(functions.values(), before)
         weight = weights.get(workload, 1.0) * results[baseline].baseline_us
         baseline_us += weight
         for name, result in results.items():
@@ -369,6 +362,23 @@ def whole_model_times(
                 totals[name][i] += weight * ratio
     ratios = {name: Estimate(*(total / baseline_us for total in sums)) for name, sums in totals.items()}
     return WholeTimes(ratios, baseline_us, note)
+
+
+def _compared(
+    calls: Mapping[str, Callable[[], object]], baseline: str, decisive: str, device: str, seconds: float, seed: int
+) -> dict[str, timing.Timing]:
+    """The race of these calls, see `whole_model_times`, once they are warm."""
+    for _ in range(_GPU_WARM_UPS if device == "cuda" else 1):
+        for call_ in calls.values():
+            call_()
+    clock, batch_us = timing.clock_of(device), timing.BATCH_US.get(device, timing.BATCH_US["cpu"])
+    rounds = _affordable_rounds(calls.values(), seconds, clock)
+    results = timing.compare(calls, baseline=baseline, max_rounds=rounds, min_batch_us=batch_us, seed=seed, clock=clock)
+    if rounds < _MAX_ROUNDS and decisive and results[decisive].ratio_low <= 1 <= results[decisive].ratio_high:
+        results = timing.compare(
+            calls, baseline=baseline, max_rounds=_MAX_ROUNDS, min_batch_us=batch_us, seed=seed, clock=clock
+        )
+    return results
 
 
 def _largest(
@@ -411,27 +421,23 @@ def _affordable_rounds(calls: Collection[Callable[[], object]], seconds: float, 
     return min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(seconds / a_round)))
 
 
-def _timed(model: nn.Module, layers: Layers, runner: nn.Module, example: ModelInput) -> Callable[[], object]:
+def _timed(model: nn.Module, layers: Layers, runner: Callable[..., Any], example: ModelInput) -> Callable[[], object]:
     swap = Swap(model, layers)
 
     def run() -> object:
         with swap:
-            return call(runner, example)
+            return call(model, example, runner)
 
     return run
 
 
-def _runner(model: nn.Module, mode: str, static: bool) -> nn.Module:
-    """What is called to time the model: itself, or a compiled wrapper that shares no cache with the user's own.
+def _runner(function: Callable[..., Any], mode: str, device: str, static: bool) -> Callable[..., Any]:
+    """What is called to time a model: the function that calls it, compiled in the mode that times are for.
 
     It is for one workload: with others to come, Dynamo is told not to compile for all their sizes, which takes longer.
     """
     if mode == EAGER:
-        return model
-    options: dict[str, Any] = {}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # else all wrappers share a recompile limit
-        options |= {"isolate_recompiles": True, "dynamic": False if static else None}
-    if mode == COMPILED and device_of_model(model).type == "cuda":
-        options["mode"] = "reduce-overhead"  # CUDA graphs
-    runner: nn.Module = torch.compile(model, **options)  # type: ignore[assignment]
-    return runner
+        return function
+    with_graphs = "reduce-overhead" if mode == COMPILED and device == "cuda" else None  # CUDA graphs
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=False if static else None, mode=with_graphs)
+    return compiled

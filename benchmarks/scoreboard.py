@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import functools
 import gc
 import io
 import json
@@ -36,7 +37,7 @@ from workbench import tables
 from workbench.peers import BASELINE, OURS, PEERS, Made, Peer
 from workbench.workloads import TABLES, Scenario, Workload, of_table
 
-from autoplan import kernels, timing
+from autoplan import graphs, kernels, timing
 from autoplan.cache import fingerprint
 
 PACKAGES = (
@@ -168,12 +169,14 @@ class Match:
         first = True
         size = max(1, self.work.together - len(held))
         for some in batches(others, size):
+            before = graphs.written()
             rivals = [peer.name for peer in some if self.set_up(peer)]
             for scenario in self.work.scenarios:
                 self.race(scenario, held, rivals, report=[*(held if first else []), *rivals])
             first = False
-            for name in rivals:
-                del self.made[name]
+            gone = [call for name in rivals for call in self.made.pop(name).calls.values()]
+            graphs.forget([call for call in gone if not isinstance(call, functools.partial)], before)
+            del gone
             gc.collect()
 
     def rows(self) -> list[Row]:

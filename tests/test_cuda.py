@@ -314,12 +314,11 @@ def test_a_compiled_model_is_timed_with_cuda_graphs_unless_its_wrapper_has_none(
     assert [planner._mode(m, True) for m in (model, with_graphs, without)] == [COMPILED, COMPILED, WITHOUT_GRAPHS]
     assert planner._mode(without, False) == EAGER
 
-    monkeypatch.setattr(validate, "device_of_model", lambda model: torch.device("cuda"))
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "compile", lambda model, **options: seen.append(options) or model)
-    assert validate._runner(model, EAGER, static=False) is model
-    validate._runner(model, COMPILED, static=False)
-    validate._runner(model, WITHOUT_GRAPHS, static=False)
+    assert validate._runner(model, EAGER, "cuda", static=False) is model
+    validate._runner(model, COMPILED, "cuda", static=False)
+    validate._runner(model, WITHOUT_GRAPHS, "cuda", static=False)
     assert [options.get("mode") for options in seen] == ["reduce-overhead", None]
 
 

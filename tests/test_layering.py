@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": set(),
     "solve": set(),
     "timing": set(),
+    "graphs": set(),
     "offload": set(),
     "recorder": {"layers", "offload"},
     "report": set(),
@@ -54,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "priorities": {"arms", "benchmark"},
     "posterior": set(),
     "rescale": {"posterior", "selection"},
-    "validate": {"apply", "divergence", "recorder", "rescale", "selection", "timing"},
+    "validate": {"apply", "divergence", "graphs", "recorder", "rescale", "selection", "timing"},
 }
 # the wiring and the edges: planner knows every room above, the public names and the command know planner too
 MAY_IMPORT["planner"] = set(MAY_IMPORT)
