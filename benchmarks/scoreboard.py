@@ -48,7 +48,10 @@ FEW_ITEMS = 16  # as many as hold so many items
 TURN_MS = 20.0  # at least, of every peer: other libraries' threads go on spinning for about a millisecond
 WARM_MS = 100.0  # a call that is quicker is made once before each turn, not timed: others have had the caches
 ENOUGH_SECONDS = 3.0  # to see about how long a call takes
+FULL_MEMORY = 0.4  # of the machine's that a process may hold and take in more peers: some libraries never free theirs
 MIN_ROUNDS = 16  # so that joint intervals for all that race do not end at the worst rounds of a shared machine
+
+GO_ON = os.EX_TEMPFAIL  # the exit status of a process that wants to be started again, with its memory free
 
 Row = dict[str, Any]
 Timings = Mapping[str, timing.Timing]
@@ -93,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def in_a_child(table: str, arguments: argparse.Namespace, folder: str) -> list[Row]:
-    """The rows of a table, made in a process of its own with empty caches, started again where a peer kills it."""
+    """The rows of a table, made in a process of its own, started again where a peer kills it or memory is short.
+
+    Its caches are empty at first; what is started again finds autoplan's plans and compiled graphs there.
+    """
     command = [sys.executable, __file__, "--workloads", table, "--journal", str(arguments.journal)]
     command += ["--seconds", str(arguments.seconds), "--patience", str(arguments.patience)]
     command += ["--full"] * arguments.full
@@ -104,6 +110,8 @@ def in_a_child(table: str, arguments: argparse.Namespace, folder: str) -> list[R
         ended = subprocess.run(command, env=os.environ | settings).returncode
         if ended == 0:
             return rows_of(arguments.journal)
+        if ended == GO_ON:
+            continue
         trying = [entry["trying"] for entry in journal_of(arguments.journal) if "trying" in entry]
         if not trying or trying[-1]["peer"] in (BASELINE, None):
             break
@@ -144,6 +152,12 @@ def play(table: str, arguments: argparse.Namespace) -> list[Row]:
     return rows_of(arguments.journal)
 
 
+def resident_share() -> float:
+    """Of the machine's memory, what this process holds; 0 where the system does not tell."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) / os.sysconf("SC_PHYS_PAGES") if pages.exists() else 0.0
+
+
 # --- one workload ---
 
 
@@ -169,6 +183,8 @@ class Match:
         first = True
         size = max(1, self.work.together - len(held))
         for some in batches(others, size):
+            if not first and resident_share() > FULL_MEMORY:
+                raise SystemExit(GO_ON)
             before = graphs.written()
             rivals = [peer.name for peer in some if self.set_up(peer)]
             for scenario in self.work.scenarios:

@@ -340,11 +340,19 @@ def test_a_peer_that_kills_the_process_is_a_row(
         script.note(journal, trying=trying)
         return SimpleNamespace(returncode=-11)
 
+    def runs_short_of_memory(command: list[str], **_: Any) -> Any:
+        called.append(1)
+        return SimpleNamespace(returncode=script.GO_ON if len(called) < 3 else 0)
+
     monkeypatch.setattr(script.subprocess, "run", child)
     arguments = argparse.Namespace(journal=tmp_path / "j", seconds=1.0, patience=1.0, full=False, peers=None)
     rows = script.in_a_child("layers", arguments, str(tmp_path))
     assert [(row["peer"], row["scenario"]) for row in rows] == [("deadly", "s"), ("deadly", "t"), ("next", "s")]
     assert [row.get("note") for row in rows] == [None, "killed the process: SIGSEGV", None]
+    called: list[int] = []
+    monkeypatch.setattr(script.subprocess, "run", runs_short_of_memory)
+    assert script.in_a_child("layers", arguments, str(tmp_path)) == rows
+    assert len(called) == 3
 
 
 @pytest.mark.parametrize("script", ["scoreboard"], indirect=True)

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -295,8 +296,8 @@ def hqq(nbits: int) -> Callable[[nn.Linear], nn.Module]:
 
 @functools.cache
 def plan_cache() -> PlanCache:
-    """Of this process: each workload's first plan measures, and its set-up seconds show it; the others reuse that."""
-    return PlanCache()
+    """Of this table: each workload's first plan measures, and its set-up seconds show it; the others reuse that."""
+    return PlanCache(os.environ.get("AUTOPLAN_CACHE"))
 
 
 def as_logits(output: Tensor) -> dict[str, Tensor]:
