@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoplan.candidates import Candidate, find_candidate
-from autoplan.kernels import packing
+from autoplan.kernels import packing, pages
 from autoplan.kernels.ops import Kernel, Packed, call_linear, find_kernel
 from autoplan.layers import PlannedLinear, own_piece
 from autoplan.records import EAGER, Part, Shape
@@ -160,7 +160,7 @@ class Arms:
             for i in itertools.count():
                 if i == len(pool):
                     opaque = not pool or any(tensor.is_mkldnn for tensor in pool[0])  # which cannot be cloned
-                    pool.append(self._pack(part) if opaque else [tensor.clone() for tensor in pool[0]])
+                    pool.append(pages.settle(self._pack(part) if opaque else [t.clone() for t in pool[0]]))
                 yield pool[i]
 
         return copies()

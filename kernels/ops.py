@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoplan.errors import KernelError
+from autoplan.kernels import pages
 from autoplan.kernels.packing import Canonical, dequantize
 
 Packed = Sequence[Tensor]
@@ -233,7 +234,7 @@ def parse_program(program: str) -> tuple[tuple[int, ...], tuple[Kernel, ...], tu
 def pack_program(program: str, canonical: Canonical) -> list[Tensor]:
     """The packed tensors that a program runs on: each layout once, in the order of `parse_program`."""
     layouts = {kernel.layout.name: kernel.layout for kernel in parse_program(program)[1]}
-    return [tensor for layout in layouts.values() for tensor in layout.pack(canonical)]
+    return pages.settle([tensor for layout in layouts.values() for tensor in layout.pack(canonical)])
 
 
 def unpack_program(program: str, packed: Packed) -> Canonical:
