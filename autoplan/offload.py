@@ -53,11 +53,15 @@ def weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 
 def resident_bias(linear: nn.Linear) -> nn.Parameter | None:
-    """The bias of a module that stands in for `linear`: the same, or where that is offloaded a copy that stays."""
-    if linear.bias is None or not is_offloaded(linear):
-        return linear.bias
-    own = values(linear, "bias").to(execution_device(linear), copy=True)
-    return nn.Parameter(own, requires_grad=linear.bias.requires_grad)
+    """The bias of a module that stands in for `linear`: the same, or where that is offloaded a copy that stays.
+
+    Kernels take it for contiguous: where it is not, a copy that is.
+    """
+    bias: nn.Parameter | None = linear.bias
+    if bias is None or not (is_offloaded(linear) or not bias.is_contiguous()):
+        return bias
+    own = values(linear, "bias").to(execution_device(linear), copy=True).contiguous()
+    return nn.Parameter(own, requires_grad=bias.requires_grad)
 
 
 def resident_hook(hook: Any) -> Any:

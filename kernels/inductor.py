@@ -125,7 +125,7 @@ def _call_directly() -> None:
         if not direct or (norm and not ops.writes_in_place(program)):
             return as_op(x, packed, bias, program, out_features, dtype, activation, pieces, norm, eps)
         layout = ir.FixedLayout(x.get_device(), dtype, [x.get_size()[0], ops.width(out_features, activation)])
-        others = [ir.ExternKernel.realize_input(tensor) for tensor in ([*packed] if bias is None else [*packed, bias])]
+        others = [*map(ir.ExternKernel.realize_input, packed), *([] if bias is None else [contiguous(bias)])]
         if not ops.writes_in_place(program):
             settings = {"has_bias": bias is not None, "program": program, "activation": activation}
             settings |= {"pieces": tuple(pieces), "out_features": out_features, "dtype": dtype}
@@ -152,8 +152,8 @@ def _call_directly() -> None:
             return pair_as_op(x, packed, bias, activation, then, then_bias, kernel, out_features, norm, eps)
         dtype = x.get_dtype()
         layout = ir.FixedLayout(x.get_device(), dtype, [x.get_size()[0], out_features])
-        biases = [tensor for tensor in (bias, then_bias) if tensor is not None]
-        others = [ir.ExternKernel.realize_input(tensor) for tensor in (packed, then, *biases)]
+        biases = [contiguous(tensor) for tensor in (bias, then_bias) if tensor is not None]
+        others = [*map(ir.ExternKernel.realize_input, (packed, then)), *biases]
         x, rows = memory(x)
         bias_dtypes = tuple(None if tensor is None else str(tensor.get_dtype()) for tensor in (bias, then_bias))
         return into(layout, [x, *others, *norm], "pair_writer", kernel, str(dtype), activation, bias_dtypes, rows, eps)

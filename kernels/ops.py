@@ -335,7 +335,7 @@ def call_linear(
 ) -> Tensor:
     """`autoplan::linear`, without the 20 us that calling an op takes where no gradient and no tracing needs one."""
     watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
-    if watched or torch._C._len_torch_dispatch_stack():
+    if watched or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         y: Tensor = torch.ops.autoplan.linear(x, packed, bias, program, out_features, dtype, "none", [], [], None)
         return y
     return run_linear(x, packed, bias, program, out_features, dtype)
@@ -408,7 +408,7 @@ def _pair(
 ) -> Tensor:
     out = x.new_empty((x.shape[0], out_features))
     bias_dtypes = (None if bias is None else bias.dtype, None if then_bias is None else then_bias.dtype)
-    biases = [tensor for tensor in (bias, then_bias) if tensor is not None]
+    biases = [tensor.contiguous() for tensor in (bias, then_bias) if tensor is not None]
     pair_writer(kernel, x.dtype, activation, bias_dtypes, None, eps)(x, packed, then, *biases, *norm, out=out)
     return out
 

@@ -67,6 +67,17 @@ PROGRAMS = [
 
 
 @pytest.mark.parametrize(("candidate", "program"), PROGRAMS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_torchscript_traces_what_a_layer_computes(candidate: str, program: str) -> None:
+    if "onednn" in program:
+        pytest.skip("TorchScript refuses oneDNN's opaque tensors, and says so")
+    model = planned(candidate, program)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, rows())
+        torch.testing.assert_close(traced(rows(24) + 1), model(rows(24) + 1))
+
+
+@pytest.mark.parametrize(("candidate", "program"), PROGRAMS)
 def test_every_candidate_traces_as_one_graph_with_dynamic_rows(candidate: str, program: str) -> None:
     model = planned(candidate, program)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")

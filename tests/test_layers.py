@@ -146,6 +146,23 @@ def test_inputs_of_any_shape_and_layout(candidate: str, kernel: str, dtype: str)
     torch.testing.assert_close(layer(swapped).transpose(0, 1), expected)
 
 
+@pytest.mark.parametrize(("candidate", "kernel", "dtype"), CASES)
+def test_a_bias_in_other_strides(candidate: str, kernel: str, dtype: str) -> None:
+    linear = nn.Linear(128, 48, dtype=getattr(torch, dtype))
+    biases = torch.randn(48, 3, generator=torch.Generator().manual_seed(2)).to(linear.weight)
+
+    def given(bias: Tensor) -> PlannedLinear:
+        linear.bias = nn.Parameter(bias)
+        return PlannedLinear.from_linear("layer", linear, find_candidate(candidate), f"1:{kernel}")
+
+    for strided in (biases[:, 1], biases[0, 0].expand(48)):
+        expected, layer = given(strided.contiguous()), given(strided)
+        twin = layer.sharing_weight("twin", linear)
+        with torch.no_grad():
+            assert torch.equal(layer(rows(dtype)), expected(rows(dtype)))
+            assert torch.equal(twin(rows(dtype)), expected(rows(dtype)))
+
+
 def test_wrong_inputs_are_told_layer_and_shapes() -> None:
     layer = planned("int8_dynamic", "1:onednn_u8s8", "float32")
     with pytest.raises(RuntimeError, match=r"'block\.layer' takes torch\.float32 inputs \[\.\.\., 128\].*\[3, 64\]"):

@@ -197,14 +197,19 @@ def _pair_into(
     count = has_bias + then_has_bias
 
     def write(x: Tensor, packed: Tensor, then: Tensor, *others: Tensor, out: Tensor) -> None:
-        run(
+        if run(
             call, then_call, x.data_ptr(), packed.data_ptr(), others[0].data_ptr() if has_bias else None,
             then.data_ptr(), others[count - 1].data_ptr() if then_has_bias else None, out.data_ptr(),
             x.shape[0] if rows is None else rows, threads(),
             *([tensor.data_ptr() for tensor in others[count:]] or (None, None, None)),
-        )  # fmt: skip
+        ):  # fmt: skip
+            raise _out_of_memory(x)
 
     return write
+
+
+def _out_of_memory(x: Tensor) -> MemoryError:
+    return MemoryError(f"no memory for the codes of inputs {list(x.shape)}: call the model with fewer rows at a time")
 
 
 def _pair_pays(rows: int, nbytes: int) -> bool:
@@ -218,6 +223,7 @@ def _register(
     function: str,
     canonical: Callable[[Tensor], Canonical],
     pair: ops.Pair | None = None,
+    most_in_features: float = math.inf,
 ) -> None:
     @functools.cache
     def into(
@@ -232,28 +238,37 @@ def _register(
         call = _call(dtype, bias_dtype, activation, pieces, eps)
 
         def write(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, out: Tensor) -> None:
-            run(
+            if run(
                 call, x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
                 x.shape[0] if rows is None else rows, threads(), None, None, None,
-            )  # fmt: skip
+            ):  # fmt: skip
+                raise _out_of_memory(x)
 
         def write_normalized(x: Tensor, packed: Tensor, *others: Tensor, out: Tensor) -> None:
             *biases, residual, weight, shift = others
-            run(
+            if run(
                 call, x.data_ptr(), packed.data_ptr(), biases[0].data_ptr() if biases else None, out.data_ptr(),
                 x.shape[0] if rows is None else rows, threads(),
                 residual.data_ptr(), weight.data_ptr(), shift.data_ptr(),
-            )  # fmt: skip
+            ):  # fmt: skip
+                raise _out_of_memory(x)
 
         return write if eps is None else write_normalized
 
     def run(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         out = torch.empty((x.shape[0], _sizes(packed)[0]), dtype=dtype)
+        bias = None if bias is None else bias.contiguous()
         into(dtype, None if bias is None else bias.dtype, "none")(x.to(dtype), *packed, bias, out=out)
         return out
 
     def supports(spec: ops.LinearSpec) -> str | None:
-        return None if spec.dtype in _CODES else f"input dtype {spec.dtype} is not float32, bfloat16 or float16"
+        if spec.dtype not in _CODES:
+            return f"input dtype {spec.dtype} is not float32, bfloat16 or float16"
+        if (spec.group_size or 16) % 16:
+            return f"group size {spec.group_size} is not a multiple of 16"
+        if spec.in_features > most_in_features:
+            return f"in_features {spec.in_features} is more than {most_in_features}: sums in int32 could overflow"
+        return None
 
     def probe() -> str | None:
         """Few rows and many against float64."""
@@ -280,9 +295,14 @@ def _quantize_int8(weight: Tensor) -> Canonical:
     return quantize_per_channel(weight, torch.int8)
 
 
-_register(
-    "fused_int8", _INT8_TILES, "autoplan_int8_dynamic", _quantize_int8, ops.Pair(into=_pair_into, pays=_pair_pays)
-)
-_register("fused_int4", _INT4_LINES, "autoplan_int4_dynamic", lambda weight: quantize_int4(weight, 32))
+def _quantize_int4(weight: Tensor) -> Canonical:
+    return quantize_int4(weight, 32)
+
+
+_INT32_SUMS = (2**31 - 1) // 127**2  # products of two int8 codes that an int32 surely holds the sum of
+_PAIR = ops.Pair(into=_pair_into, pays=_pair_pays)
+
+_register("fused_int8", _INT8_TILES, "autoplan_int8_dynamic", _quantize_int8, _PAIR, _INT32_SUMS)
+_register("fused_int4", _INT4_LINES, "autoplan_int4_dynamic", _quantize_int4, most_in_features=_INT32_SUMS)
 _register("tiled_int8", _INT8_TILES, "autoplan_int8_weight", _quantize_int8)
-_register("tiled_int4", _INT4_LINES, "autoplan_int4_weight", lambda weight: quantize_int4(weight, 32))
+_register("tiled_int4", _INT4_LINES, "autoplan_int4_weight", _quantize_int4)

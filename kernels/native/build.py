@@ -43,10 +43,9 @@ def library(*flags: str) -> ctypes.CDLL:
     if missing := {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"} - features:
         raise KernelError(f"this CPU lacks {', '.join(sorted(missing))}")
     loaded = ctypes.CDLL(str(_binary(features, flags)))
-    others = {"autoplan_int8_pair": _PAIR_TAKES, "autoplan_quantize_int4": _QUANTIZE_TAKES}
-    for name, takes in {**dict.fromkeys(_KERNELS, _KERNEL_TAKES), **others}.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = takes, None
+    for name, takes in {**dict.fromkeys(_KERNELS, _KERNEL_TAKES), "autoplan_int8_pair": _PAIR_TAKES}.items():
+        getattr(loaded, name).argtypes = takes  # and give an int: not 0 where there was not enough memory
+    loaded.autoplan_quantize_int4.argtypes, loaded.autoplan_quantize_int4.restype = _QUANTIZE_TAKES, None
     loaded.autoplan_cache_bytes.restype = _N
     if not loaded.autoplan_available():
         raise KernelError("the operating system does not grant the AMX tile registers")

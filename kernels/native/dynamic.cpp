@@ -17,7 +17,7 @@ template <int DTYPE, bool DEALT>
 void quantize(const void* x, int64_t row, int64_t in_features, char* codes, int64_t stride, char excess, float* scale) {
   const int64_t at = row * in_features;
   const float largest = absmax<DTYPE>(x, at, in_features) * (1.0f / 127);
-  *scale = largest < 1e-30f ? 1e-30f : largest;  // a row of zeros; a NaN goes through
+  *scale = largest < 1e-30f ? 1e-30f : largest + 0 * largest;  // a row of zeros; NaN where one is NaN or infinite
   const __m512 inverse = _mm512_set1_ps(1 / *scale);
   const __m512i excesses = _mm512_set1_epi8(excess);
   const auto deal = [](__m512i codes) {
@@ -439,35 +439,35 @@ extern "C" int autoplan_available() { return product_available(); }
 extern "C" int64_t autoplan_cache_bytes() { return sysconf(_SC_LEVEL2_CACHE_SIZE); }
 
 // out = activation(x [rows, in_features] times the weight, plus the bias or null), as Epilogue says; then, unless the
-// residual is null, what Norm says.
-extern "C" void autoplan_int8_dynamic(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
-                                      int64_t rows, int threads, const void* residual, const void* norm_weight,
-                                      const void* norm_bias) {
+// residual is null, what Norm says. All return what `done` does.
+extern "C" int autoplan_int8_dynamic(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
+                                     int64_t rows, int threads, const void* residual, const void* norm_weight,
+                                     const void* norm_bias) {
   const Norm norm = {residual, norm_weight, norm_bias, call->eps};
-  if (rows) run_as(*call, x, int8_weight(*packed), *packed, bias, out, rows, threads, norm);
+  return done([&] { if (rows) run_as(*call, x, int8_weight(*packed), *packed, bias, out, rows, threads, norm); });
 }
 
 // The same, in groups of `group_size`, a multiple of 16 that divides in_features.
-extern "C" void autoplan_int4_dynamic(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
-                                      int64_t rows, int threads, const void* residual, const void* norm_weight,
-                                      const void* norm_bias) {
+extern "C" int autoplan_int4_dynamic(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
+                                     int64_t rows, int threads, const void* residual, const void* norm_weight,
+                                     const void* norm_bias) {
   const int64_t strip_bytes = ceil_div(packed->in_features, 64) * 2 * TILE;
   const Int4Weight weight = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(),
                              packed->in_features, packed->group_size, strip_bytes, packed->channel_scale()};
   const Norm norm = {residual, norm_weight, norm_bias, call->eps};
-  if (rows) run_as(*call, x, weight, *packed, bias, out, rows, threads, norm);
+  return done([&] { if (rows) run_as(*call, x, weight, *packed, bias, out, rows, threads, norm); });
 }
 
 // The first layer with its activation, then the second one: both int8, dynamic. Each thread takes rows.
-extern "C" void autoplan_int8_pair(const Call* call, const Call* then_call, const void* x, const Packed* packed, const void* bias,
-                                   const Packed* then, const void* then_bias, void* out, int64_t rows, int threads,
-                                   const void* residual, const void* norm_weight, const void* norm_bias) {
-  if (!rows) return;
+extern "C" int autoplan_int8_pair(const Call* call, const Call* then_call, const void* x, const Packed* packed, const void* bias,
+                                  const Packed* then, const void* then_bias, void* out, int64_t rows, int threads,
+                                  const void* residual, const void* norm_weight, const void* norm_bias) {
+  if (!rows) return 0;
   const Epilogue e = {nullptr, (const float*)packed->scale(), bias, call->bias_dtype, nullptr, packed->out_features, 1,
                       call->activation, false, nullptr, {}};
   const Norm norm = {residual, norm_weight, norm_bias, then_call->eps};
   const Epilogue after = {nullptr, (const float*)then->scale(), then_bias, then_call->bias_dtype, out, then->out_features, 1,
                           then_call->activation, false, nullptr, norm};
   const auto run = call->dtype == FLOAT32 ? run_pair<FLOAT32> : call->dtype == BFLOAT16 ? run_pair<BFLOAT16> : run_pair<FLOAT16>;
-  run(x, *packed, *then, e, after, rows, threads);
+  return done([&] { run(x, *packed, *then, e, after, rows, threads); });
 }

@@ -85,6 +85,7 @@ static inline void product_end() { _tile_release(); }
 template <class Kind, int PANELS, class Meanwhile>
 static inline void multiply(const char* block, const char* strip, int64_t steps, int32_t* out, Meanwhile meanwhile) {
   const char *lower = block + steps * TILE, *right = strip + steps * TILE;
+  asm volatile("" ::: "memory");  // the intrinsics do not say that they read memory: what they read is stored by here
   _tile_zero(0);
   _tile_zero(1);
   if (PANELS == 2) {
@@ -255,7 +256,7 @@ static inline void store_column(const Epilogue& e, int64_t row, int64_t count, i
   const __m512 scale = scale_of(e, channel, mask);
   for (int64_t r = 0; r < count; r++) {
     const __m512 row_scale = _mm512_set1_ps(e.row_scale ? e.row_scale[row + r] : 1);
-    const __m512 y = _mm512_fmadd_ps(_mm512_mul_ps(product(r), row_scale), scale, bias);
+    const __m512 y = _mm512_fmadd_ps(product(r), _mm512_mul_ps(row_scale, scale), bias);
     char* const own = to.y + (row + r) * to.line;
     store<DTYPE>(own, 0, mask, to.gated ? _mm512_mul_ps(y, load<DTYPE>(own, 0)) : activated(y, e.activation));
   }
@@ -423,8 +424,8 @@ class Products {
 
   __m512 scaled(int half, __m512 row_scale) const {
     const __m512i raw = _mm512_load_si512(last_ + 16 * half);
-    const __m512 value = _mm512_mul_ps(Kind::integer ? _mm512_cvtepi32_ps(raw) : _mm512_castsi512_ps(raw), row_scale);
-    const __m512 y = _mm512_fmadd_ps(value, own_->scale[half], own_->bias[half]);
+    const __m512 value = Kind::integer ? _mm512_cvtepi32_ps(raw) : _mm512_castsi512_ps(raw);
+    const __m512 y = _mm512_fmadd_ps(value, _mm512_mul_ps(row_scale, own_->scale[half]), own_->bias[half]);
     return own_->to.gated ? y : activated(y, e_.activation);
   }
 

@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <algorithm>
+#include <new>
 
 #if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512VL__) || !defined(__AVX512VNNI__)
 #error "this CPU has no AVX-512 VNNI"
@@ -176,8 +178,10 @@ static inline float absmax(const void* from, int64_t at, int64_t count) {
   return _mm512_cvtss_f32(load<DTYPE>(&bits, 0, 1));
 }
 
-// Scratch memory of the calling thread, kept between calls: fresh pages cost more than the work done in them. There is
-// another one under another number.
+// Scratch memory of the calling thread, kept between calls: fresh pages cost more than the work done in them; but much
+// memory only while it is needed. There is another one under another number. Throws std::bad_alloc.
+constexpr int64_t MUCH = 64 << 20;  // bytes
+
 template <int NUMBER = 0>
 static inline char* scratch(int64_t bytes) {
   struct Buffer {
@@ -186,10 +190,24 @@ static inline char* scratch(int64_t bytes) {
     ~Buffer() { free(at); }
   };
   static thread_local Buffer buffer;
-  if (bytes > buffer.size) {
+  if (bytes > buffer.size || buffer.size > std::max(MUCH, 4 * bytes)) {
     free(buffer.at);
-    buffer.size = (bytes + 4095) / 4096 * 4096;
-    buffer.at = (char*)aligned_alloc(4096, buffer.size);
+    buffer.size = 0;
+    const int64_t size = (bytes + 4095) / 4096 * 4096;
+    buffer.at = (char*)aligned_alloc(4096, size);
+    if (!buffer.at) throw std::bad_alloc();
+    buffer.size = size;
   }
   return buffer.at;
+}
+
+// What C functions return: 0, or 1 where there was not enough memory.
+template <class Work>
+static inline int done(const Work& work) {
+  try {
+    work();
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
 }

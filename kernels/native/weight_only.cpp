@@ -134,6 +134,8 @@ void dequantize(const Weight& w, int64_t channel, char* tiles) {
       }
     }
   }
+  for (int64_t k = w.in_features; k % 32; k += 2, tiles += 64)  // zeros times what is in scratch could be NaN
+    _mm512_store_si512(tiles, _mm512_setzero_si512());
 }
 
 constexpr int64_t GROUP = 2 << 20;  // bytes of activations between which weights are dequantized anew
@@ -205,20 +207,20 @@ void run_as(const Call& call, const void* x, const Weight& w, const Packed& pack
 }  // namespace
 
 // As autoplan_int8_dynamic.
-extern "C" void autoplan_int8_weight(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
-                                     int64_t rows, int threads, const void* residual, const void* norm_weight,
-                                     const void* norm_bias) {
+extern "C" int autoplan_int8_weight(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
+                                    int64_t rows, int threads, const void* residual, const void* norm_weight,
+                                    const void* norm_bias) {
   const int64_t padded = ceil_div(packed->in_features, 64) * 64;
   const Weight w = {packed->codes(), packed->scale(), nullptr, padded, padded};
   const Norm norm = {residual, norm_weight, norm_bias, call->eps};
-  if (rows) run_as<Int8Weight>(*call, x, w, *packed, bias, out, rows, threads, norm);
+  return done([&] { if (rows) run_as<Int8Weight>(*call, x, w, *packed, bias, out, rows, threads, norm); });
 }
 
 // The same, in groups of `group_size`, a multiple of 16 that divides in_features.
-extern "C" void autoplan_int4_weight(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
-                                     int64_t rows, int threads, const void* residual, const void* norm_weight,
-                                     const void* norm_bias) {
+extern "C" int autoplan_int4_weight(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
+                                    int64_t rows, int threads, const void* residual, const void* norm_weight,
+                                    const void* norm_bias) {
   const Weight w = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(), packed->in_features, packed->group_size};
   const Norm norm = {residual, norm_weight, norm_bias, call->eps};
-  if (rows) run_as<Int4Weight>(*call, x, w, *packed, bias, out, rows, threads, norm);
+  return done([&] { if (rows) run_as<Int4Weight>(*call, x, w, *packed, bias, out, rows, threads, norm); });
 }

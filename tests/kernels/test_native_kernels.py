@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autoplan.errors import KernelError
-from autoplan.kernels import find_kernel, native, packing
+from autoplan.kernels import find_kernel, native, ops, packing
 from autoplan.kernels.native import build
 from autoplan.kernels.reference import linear_float64, relative_error
 
@@ -137,6 +137,62 @@ def test_not_a_number_stays_in_its_row(name: str, rows: int) -> None:
         y = kernel.run(x, kernel.layout.pack(stored), None, dtype)
         assert not torch.isfinite(y[1]).any()
         assert torch.isfinite(y[0]).all()
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("name", DYNAMIC)
+@pytest.mark.parametrize("rows", [2, 8, 12, 40])
+def test_an_infinity_is_not_turned_into_a_number(name: str, rows: int) -> None:
+    kernel = find_kernel(name)
+    packed = kernel.layout.pack(canonical(name, 64, 128))
+    x = torch.randn(rows, 128)
+    x[1, 100] = torch.inf
+    assert kernel.into is not None
+    for activation in ("none", "relu", "gelu", "silu"):
+        y = torch.zeros(rows, 64)
+        kernel.into(torch.float32, None, activation)(x, *packed, out=y)
+        assert y[1].isnan().all()
+        assert y[0].isfinite().all()
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_large_inputs_give_large_outputs(name: str) -> None:
+    kernel, stored = find_kernel(name), canonical(name, 40, 128)
+    for rows in (3, 40):
+        x = torch.rand(rows, 128) * 1e37
+        y, exact = kernel.run(x, kernel.layout.pack(stored), None, torch.float32), linear_float64(x, stored, None)
+        assert exact.abs().max() < torch.finfo(torch.float32).max
+        assert relative_error(y / 1e37, exact / 1e37) < 0.02
+
+
+@pytest.mark.usefixtures("compiled")
+def test_what_lay_in_scratch_memory_is_no_weight() -> None:
+    kernel = find_kernel("tiled_int4")
+    before, stored = (packing.quantize_int4(torch.randn(40, size), 48) for size in (2880, 144))
+    kernel.run(torch.full((4, 2880), torch.nan), kernel.layout.pack(before), None, torch.float32)
+    x = torch.randn(40, 144)
+    y = kernel.run(x, kernel.layout.pack(stored), None, torch.float32)
+    assert relative_error(y, linear_float64(x, stored, None)) < 0.005
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_a_kernel_cannot_run_is_told(name: str) -> None:
+    rejects = find_kernel(name).rejects
+    assert rejects(ops.LinearSpec(4096, 64, torch.float32)) is None
+    assert "float64" in (rejects(ops.LinearSpec(4096, 64, torch.float64)) or "")
+    assert ("133144" in (rejects(ops.LinearSpec(133_145, 64, torch.float32)) or "")) == (name in DYNAMIC)
+    assert rejects(ops.LinearSpec(133_144, 64, torch.float32)) is None
+    assert "group size 24" in (rejects(ops.LinearSpec(96, 64, torch.float32, 24)) or "")
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_rows_that_no_memory_holds(name: str) -> None:
+    kernel = find_kernel(name)
+    packed, x = kernel.layout.pack(canonical(name, 32, 128)), torch.randn(1, 128)
+    assert kernel.into is not None
+    with pytest.raises(MemoryError, match="fewer rows at a time"):
+        kernel.into(torch.float32, None, "none", rows=1 << 50)(x, *packed, out=torch.empty(1, 32))
 
 
 @pytest.mark.parametrize("name", KERNELS)
