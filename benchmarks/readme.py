@@ -33,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--demo", type=Path, help="what `autoplan demo` printed")
     parser.add_argument("--readme", type=Path, default=README, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    blocks = {"scoreboard": scoreboard(arguments.folder), "layers": layers(arguments.folder)}
+    tables = read(arguments.folder)
+    blocks = {
+        "scoreboard": scoreboard(arguments.folder.resolve().name, tables),
+        "workloads": beside_the_fastest({name: tables[name] for name in TABLES if name in tables and name != FIRST}),
+        "layers": layers(arguments.folder),
+    }
     if arguments.demo:
         printed = arguments.demo.read_text(encoding="utf-8")
         blocks |= {"report": report(printed), "demo": figures(printed)}
@@ -53,9 +58,8 @@ def filled(text: str, name: str, block: str) -> str:
     return f"{before}{begin}{block.rstrip()}\n{end}{rest.partition(end)[2]}"
 
 
-def scoreboard(folder: Path) -> str:
-    """Of one table the peers that matter most, the picture, and of the others each plan beside the fastest peer."""
-    tables = read(folder)
+def scoreboard(device: str, tables: Mapping[str, Sequence[Row]]) -> str:
+    """Of one table the peers that matter most, and the picture of all."""
     every = any(row["peer"] not in that_matter(FIRST) for row in tables[FIRST])
     about = tables[FIRST][0]
     lines = [
@@ -73,17 +77,15 @@ def scoreboard(folder: Path) -> str:
     ]
     headers = ["all-MiniLM-L6-v2, 32 x 64 tokens", "times float32 eager", "cosine", "same top-1", "weights, MiB",
                "set-up, s", "balanced is times as fast"]  # fmt: skip
-    shown = "benchmarks/results/" + folder.resolve().name
+    shown = f"benchmarks/results/{device}"
     return "\n\n".join(
         [
             table(lines, headers),
             f"![Speed against divergence: every peer a point]({shown}/scoreboard.png)",
-            f"By `make bench{'-full' * every}` on {machine(about)}: the peers of a workload\n"
-            "interleaved in one run, with 95 % intervals. Last columns above 1: autoplan is faster. Divergence: the KL "
-            "in nats per token of language models,\nelse the relative squared error. "
-            f"[Every peer]({shown}/scoreboard.md); [the rules](benchmarks/README.md).\n"
-            "The other workloads, each plan beside the fastest peer:",
-            beside_the_fastest({name: tables[name] for name in TABLES if name in tables and name != FIRST}),
+            f"By `make bench{'-full' * every}` on {machine(about)}: all peers interleaved\n"
+            'in one run, with 95 % intervals. Last column: this row\'s time / that of "autoplan balanced", so above 1 '
+            f"autoplan is faster.\n[Other workloads](#what-was-measured-and-what-not); [every peer]({shown}/"
+            "scoreboard.md); [the rules](benchmarks/README.md).",
         ]
     )
 
@@ -94,6 +96,7 @@ def that_matter(table: str) -> set[str]:
 
 
 def beside_the_fastest(tables: Mapping[str, Sequence[Row]]) -> str:
+    """Each plan beside the fastest peer."""
     lines = []
     for name, rows in tables.items():
         for scenario in dict.fromkeys(row["scenario"] for row in rows):

@@ -2,6 +2,7 @@
 
 #include <immintrin.h>
 #include <omp.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
@@ -16,6 +17,7 @@ constexpr int kRounds = 20;                     // the best of so many counts: o
 constexpr int64_t kSteps = 1'000'000;           // of a round on vector registers: some milliseconds
 constexpr int64_t kTileSteps = 200'000;         // of one on tiles
 constexpr int64_t kBuffer = int64_t{1} << 30;   // bytes: more than any cache holds
+constexpr int64_t kHugePage = 2 << 20;          // bytes
 
 double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -124,10 +126,12 @@ extern "C" double operations(int kind, int threads) {
   return kind == 0 ? float32_operations(threads) : kind == 1 ? bfloat16_operations(threads) : int8_operations(threads);
 }
 
-// Bytes a second from memory, each thread reading a part that it wrote; not a number where there is no memory for it.
+// Bytes a second from memory, each thread reading a part that it wrote, in pages of 2 MiB where the system grants them;
+// not a number where there is no memory for it.
 extern "C" double bandwidth(int threads) {
-  char* buffer = static_cast<char*>(std::aligned_alloc(4096, kBuffer));
+  char* buffer = static_cast<char*>(std::aligned_alloc(kHugePage, kBuffer));
   if (!buffer) return std::nan("");
+  madvise(buffer, kBuffer, MADV_HUGEPAGE);
   const int64_t stream = kBuffer / threads / kStreams / 4096 * 4096, share = kStreams * stream;
   most(threads, 1, 0, [&](int thread) { std::memset(buffer + thread * share, 1, share); });
   const double best = most(threads, 8, static_cast<double>(share), [&](int thread) {
