@@ -149,11 +149,13 @@ class Swap:
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        self._out: list[nn.Module | None] = list(layers.values())
-        self._places: list[tuple[dict[str, nn.Module | None], str]] = []
-        for name in layers:
+        places: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
+        for name, layer in layers.items():
             parent, _, attribute = name.rpartition(".")
-            self._places.append((model.get_submodule(parent)._modules, attribute))
+            modules = model.get_submodule(parent)._modules  # which a parent of two names has once
+            places[id(modules), attribute] = (modules, attribute, layer)
+        self._places = [(modules, attribute) for modules, attribute, _ in places.values()]
+        self._out: list[nn.Module | None] = [layer for *_, layer in places.values()]
 
     def exchange(self) -> None:
         """Put in what is out, and take out what was there."""

@@ -210,7 +210,7 @@ class _Part:
         write = into(x.dtype, None if self.bias is None else self.bias.dtype, "none", rows=x.shape[0])
 
         def call(x: Tensor, *packed: Tensor) -> Tensor:
-            out = torch.empty((x.shape[0], size), dtype=x.dtype)
+            out = x.new_empty((x.shape[0], size), dtype=x.dtype)
             write(x, *packed, *bias, out=out)
             return out
 

@@ -110,7 +110,8 @@ def undisturbed(model: nn.Module, eager: bool = True) -> Iterator[None]:
     """
     training = {module: module.training for module in model.modules()}
     held = [(module, dict(module._buffers)) for module in training]  # a forward may put another tensor in its place
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]  # those may be offloaded
+    dense = [buffer for buffer in model.buffers() if buffer.layout == torch.strided and not buffer.is_quantized]
+    buffers = [(buffer, buffer.clone()) for buffer in dense if not buffer.is_meta]  # those may be offloaded
     devices = {device_of_model(model), *(tensor.device for tensor in (*model.parameters(), *model.buffers()))}
     gpus = [device for device in devices if device.type == "cuda"]
     try:
@@ -168,11 +169,24 @@ def main_output(result: Any, picker: OutputPicker | None = None) -> tuple[Tensor
     )
 
 
+def judged_output(model: nn.Module, model_input: ModelInput, picker: OutputPicker | None) -> tuple[Tensor, bool]:
+    """The `main_output` of the model for a recorded input; a model that draws random numbers draws the same each time.
+
+    Call inside `undisturbed`, which puts back the state of the generators.
+    """
+    device = device_of_model(model)
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
+    return main_output(call(model, model_input), picker)
+
+
 def references(model: nn.Module, inputs: Sequence[ModelInput], picker: OutputPicker | None) -> list[Reference]:
     """Run the float model on `inputs`, to compare against later. Raises AutoplanError when its output is not finite."""
     found = []
     for model_input in inputs:
-        output, logits = main_output(call(model, model_input), picker)
+        output, logits = judged_output(model, model_input, picker)
         mask = _attention_mask(model, model_input, output)
         counted = output if mask is None else output[mask]
         if not bool(torch.isfinite(counted).all()):
@@ -188,7 +202,7 @@ def compare(model: nn.Module, against: Sequence[Reference], picker: OutputPicker
     """The divergence terms of `model`, as it is now, against recorded float outputs."""
     rows = []
     for reference in against:
-        output, _ = main_output(call(model, reference.model_input), picker)
+        output, _ = judged_output(model, reference.model_input, picker)
         rows.append(terms(reference, output))
     return Terms(np.concatenate(rows))
 

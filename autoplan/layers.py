@@ -116,7 +116,7 @@ class PlannedLinear(nn.Module):
             if not attribute.startswith("_") and attribute not in (*vars(self), "forward"):
                 setattr(self, attribute, value)
         for attribute in vars(linear):
-            if attribute.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            if attribute.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook")):
                 object.__setattr__(self, attribute, getattr(linear, attribute))
         if "_hf_hook" in vars(linear):  # accelerate's, which brings inputs to the device of the layer
             from accelerate.hooks import add_hook_to_module

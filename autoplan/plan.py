@@ -117,7 +117,8 @@ class Plan:
             output, cache, progress, seed: as for `autoplan`.
 
         Raises PlanMismatchError when it is another model; RecordingError when the model is planned already;
-        CandidateError when a pinned choice cannot run here.
+        CandidateError when a pinned choice cannot run here, BudgetError when without the choices that cannot nothing
+        keeps the budget.
         """
         return _revalidators[-1](self, model, inputs, **options)
 

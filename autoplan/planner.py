@@ -30,7 +30,7 @@ from autoplan.errors import AutoplanError, CacheError, RecordingError
 from autoplan.fisher import Loss
 from autoplan.options import Rules
 from autoplan.plan import Plan
-from autoplan.recorder import Recording, as_calls, device_of_model, record, refuse_planned, unwrap
+from autoplan.recorder import Recording, as_calls, device_of_model, record, recorded, refuse_planned, unwrap
 from autoplan.records import (
     COMPILED,
     EAGER,
@@ -193,9 +193,7 @@ def _make_plan(model: nn.Module, recording: Recording, request: Request, ranks: 
     refuse_planned(root)
     if not isinstance(recording, Recording) or recording.model is not root:
         raise RecordingError("make_plan wants the recording of this very model: `with record(model) as recording:`")
-    if not recording.inputs:
-        reason = "its inputs are too large or cannot be copied" if recording.inputs_dropped else "nothing was run"
-        raise RecordingError(f"nothing was recorded ({reason}): run the model inside `with record(model):`")
+    recording.require_inputs()
     mode = _mode(model, root is not model if request.compiled is None else request.compiled)
     device = device_of_model(root)
     # One planning at a time: two that time at once would time each other.
@@ -442,8 +440,9 @@ class _FirstCall:
 
     def __init__(self, model: nn.Module, request: Request) -> None:
         self.model, self.request = model, request
-        self._lock = threading.Lock()
+        self._lock, self.returned = threading.Lock(), False
         model.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True)
+        model.register_forward_hook(self.on_return, with_kwargs=True)
         model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
     @staticmethod
@@ -455,35 +454,58 @@ class _FirstCall:
                     del hooks[key]
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._is_mine():  # the last call was interrupted, so that no hook ran after it
+            self._stop()
         if not self._lock.acquire(blocking=False):
             return
-        self.thread = threading.get_ident()
+        self.thread, self.returned = threading.get_ident(), False
         root = unwrap(self.model)
-        self.context = record(root, seed=self.request.seed)
-        self.recording = self.context.__enter__()
-        self.recording.only_thread = self.thread
+        try:
+            self.recording = Recording(root, self.request.seed, only_thread=self.thread)
+            self.context = recorded(self.recording)
+            self.context.__enter__()
+        except Exception as error:
+            self.forget(self.model)
+            self._warn(error)
+            return
         if module is root:  # the recording's own hook on it came too late for the call that is under way
             self.recording._keep(args, kwargs)
 
+    def on_return(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        self.returned = self.returned or self._is_mine()
+
     def after(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        if getattr(self, "thread", None) != threading.get_ident():
+        if not self._is_mine():
             return
-        del self.thread
+        if not self.returned:  # the call raised: the next one records anew
+            self._stop()
+            return
         self.context.__exit__(None, None, None)
-        if result is None:  # the call raised: the next one records anew
-            self._lock.release()
-            return
+        del self.thread
         self.forget(self.model)
         try:
             with together(self.request.distributed) as ranks:
                 plan = _make_plan(self.model, self.recording, self.request, ranks)
             apply_plan(self.model, plan, weights="skip")
         except Exception as error:
-            _logger.warning("planning failed, the float model stays: %s: %s", type(error).__name__, error)
+            self._warn(error)
+
+    def _is_mine(self) -> bool:
+        """Whether it is a call of this thread that is recorded."""
+        return getattr(self, "thread", None) == threading.get_ident()
+
+    def _stop(self) -> None:
+        """Record no more of the call that was under way; the next one is recorded."""
+        del self.thread
+        self.context.__exit__(None, None, None)
+        self._lock.release()
+
+    def _warn(self, error: Exception) -> None:
+        _logger.warning("planning failed, the float model stays: %s: %s", type(error).__name__, error)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "request": self.request}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._lock = threading.Lock()
+        self._lock, self.returned = threading.Lock(), False

@@ -112,6 +112,8 @@ def _reason_to_leave(
         return "it is a NonDynamicallyQuantizableLinear: attention reads its weight without calling it"
     if "forward" in vars(module) and not only_places(module):
         return "its forward was replaced on the instance"
+    if isinstance(module._parameters.get("weight"), nn.UninitializedParameter):
+        return "its weight has no shape yet: call the model once before"
     if nn.utils.parametrize.is_parametrized(module) or "weight" not in module._parameters:
         return "its weight is parametrized or computed by a hook"
     if not module.weight.numel():
@@ -160,7 +162,8 @@ def _fast_path_linears(model: nn.Module) -> dict[int, str]:
 class Recording:
     """What the shape-recording pass saw; made by `record`, read by `make_plan`."""
 
-    def __init__(self, model: nn.Module, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, seed: int = 0, only_thread: int | None = None) -> None:
+        refuse_planned(model)
         self.model = model
         self._device_type = device_of_model(model).type
         decisions, self.left_alone = find_layers(model)
@@ -170,7 +173,7 @@ class Recording:
         self.forwards: Counter[str] = Counter()  # workload -> calls of the model
         self.inputs: list[ModelInput] = []
         self.inputs_dropped = 0
-        self.only_thread: int | None = None  # where other threads run the model too, the one whose calls count
+        self._only_thread = only_thread  # where other threads run the model too, the one whose calls count
         self._calls: dict[str, Counter[tuple[str, int, str]]] = {name: Counter() for name in self.decisions}
         self._samples = {name: _Reservoir(SAMPLE_ROWS, seed ^ zlib.crc32(name.encode())) for name in self.decisions}
         self._input_bytes = 0
@@ -198,6 +201,12 @@ class Recording:
         """out_features, in_features and dtype of every layer that can be planned, by name."""
         linears = {name: decision.module for name, decision in self.decisions.items()}
         return {name: (m.out_features, m.in_features, dtype_name(m.weight.dtype)) for name, m in linears.items()}
+
+    def require_inputs(self) -> None:
+        """Raise RecordingError where there is nothing to judge a plan on."""
+        if not self.inputs:
+            reason = "its inputs are too large or cannot be copied" if self.inputs_dropped else "nothing was run"
+            raise RecordingError(f"nothing was recorded ({reason}): run the model inside `with record(model):`")
 
     def profiles(self) -> list[LayerProfile]:
         """One profile per layer that was called, in model order."""
@@ -250,6 +259,10 @@ class Recording:
         """A sample of the real input rows of a layer, [<= SAMPLE_ROWS, in_features], in their own dtype, on the CPU."""
         return self._samples[name].rows()
 
+    def _is_elsewhere(self) -> bool:
+        """Whether this thread's calls are somebody else's."""
+        return self._only_thread not in (None, threading.get_ident())
+
     def _log(self, name: str, x: Tensor) -> None:
         dtype, device = x.dtype, execution_device(self.decisions[name].module).type
         if torch.is_autocast_enabled(device) and dtype.is_floating_point:
@@ -264,6 +277,8 @@ class Recording:
         self._samples[name].add(x)
 
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_elsewhere():
+            return
         self.weights.setdefault(self._workload, 1.0)
         self.forwards[self._workload] += 1
         self._start_run()
@@ -336,12 +351,12 @@ class _Reservoir:
 
     def __init__(self, size: int, seed: int) -> None:
         self._size = size
-        self._generator = torch.Generator().manual_seed(seed)
-        self._keys = torch.empty(0)
+        self._generator = torch.Generator("cpu").manual_seed(seed)  # whatever device is the default
+        self._keys = torch.empty(0, device="cpu")
         self._rows: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        keys = torch.rand(x.shape[0], generator=self._generator)
+        keys = torch.rand(x.shape[0], generator=self._generator, device="cpu")
         floor = self._keys.min() if len(self._keys) == self._size else -1.0
         new = (keys > floor).nonzero().squeeze(1)
         rows = x[new.to(x.device)].cpu()
@@ -368,9 +383,14 @@ def record(model: nn.Module, *, seed: int = 0) -> Iterator[Recording]:
     """
     if not isinstance(model, nn.Module):
         raise RecordingError(f"record takes an nn.Module, not a {type(model).__name__}")
-    root = unwrap(model)
-    refuse_planned(root)
-    recording = Recording(root, seed)
+    with recorded(Recording(unwrap(model), seed)) as recording:
+        yield recording
+
+
+@contextmanager
+def recorded(recording: Recording) -> Iterator[Recording]:
+    """What the calls inside do goes into the recording."""
+    root = recording.model
     handles = [
         root.register_forward_pre_hook(  # before the user's own hooks: they will see these inputs again in a replay
             lambda _, args, kwargs: recording._keep(args, kwargs), prepend=True, with_kwargs=True
@@ -389,8 +409,8 @@ def record(model: nn.Module, *, seed: int = 0) -> Iterator[Recording]:
 
 def _row_logger(recording: Recording, name: str) -> Any:
     def log(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if recording.only_thread not in (None, threading.get_ident()):
-            return  # somebody else's call
+        if recording._is_elsewhere():
+            return
         x = args[0] if args else kwargs.get("input")
         if isinstance(x, Tensor) and x.dim() and x.layout == torch.strided and not x.is_nested:
             recording._log(name, x)

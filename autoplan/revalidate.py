@@ -23,11 +23,12 @@ from autoplan.kernels.ops import base_name
 from autoplan.offload import execution_device
 from autoplan.options import Menu, Rules
 from autoplan.plan import Plan, revalidates
-from autoplan.recorder import as_calls, device_of_model, record, refuse_planned, unwrap
+from autoplan.recorder import Recording, as_calls, device_of_model, record, refuse_planned, unwrap
 from autoplan.records import NO_DIVERGENCE, LayerPlan, LayerProfile, Measurement, Option, Outcome, Shape
 from autoplan.request import device_of, shown
 from autoplan.selection import (
     PLAIN,
+    Budget,
     choose,
     choosing,
     float_bytes,
@@ -35,6 +36,7 @@ from autoplan.selection import (
     is_pinned,
     keep_float,
     kernel_names,
+    total_us,
 )
 from autoplan.validate import Whole
 
@@ -73,6 +75,7 @@ class _Revalidation:
 
     def run(self, inputs: Any, output: OutputPicker | None, began: float) -> Plan:
         plan = self.plan
+        recording = None if inputs is None else self._recording(inputs)
         device = execution_device(self.model.get_submodule(plan.layers[0].name)).type if plan.layers else "cpu"
         environment = fingerprint.environment(str(device), fingerprint.source_digest(kernels))
         gone: dict[str, str] = {}  # candidates that are not known here, and why
@@ -89,15 +92,12 @@ class _Revalidation:
         fused = self._measure(fusion.to_time(layers, menus, rules), environment)
         layers = fusion.with_times(layers, menus, fused, rules)
         kappa = plan.outcome.kappa if plan.outcome else plan.kappa
-        # What was measured to keep the budget may be predicted to break it by a hair.
-        limit = plan.budget.divergence
-        budget = replace(plan.budget, divergence=None if limit is None else max(limit, plan.predicted_divergence))
-        choice = choose(layers, budget, kappa)
+        choice = choose(layers, self._budget(layers), kappa)
         chosen = [
             replace(layer, reason=self._reason(old, layer))
             for old, layer in zip(plan.layers, choosing(layers, choice.candidates), strict=True)
         ]
-        outcome, notes = self._outcome(chosen, inputs, output, kappa) if inputs is not None else (None, [])
+        outcome, notes = self._outcome(chosen, recording, output, kappa) if recording else (None, [])
         if notes:
             chosen = list(keep_float(chosen, "the float model is kept: see what was revalidated"))
         seconds = round(time.monotonic() - began, 3)
@@ -126,6 +126,27 @@ class _Revalidation:
             model_bytes=sum(map(float_bytes, self.plan.layers)),
             progress=self.progress,
         )
+
+    def _recording(self, inputs: Any) -> Recording:
+        calls = as_calls(inputs)
+        with record(self.model, seed=self.seed) as recording, undisturbed(self.model):
+            for args, kwargs in calls:
+                self.model(*args, **kwargs)
+        recording.require_inputs()
+        return recording
+
+    def _budget(self, layers: Sequence[LayerPlan]) -> Budget:
+        """The plan's, widened to what its choices take here: they were measured to keep it, or to be worth it."""
+        plan, budget = self.plan, self.plan.budget
+        hair = 1 + 1e-9
+        divergence, nbytes, share = budget.divergence, budget.nbytes, budget.time
+        if divergence is not None:
+            divergence = max(divergence, plan.predicted_divergence) * hair
+        if nbytes is not None:
+            nbytes = max(nbytes, sum(layer.choice.nbytes or 0 for layer in layers))
+        if share is not None and layers:
+            share = max(share, total_us(layers) / sum(layer.baseline_us for layer in layers)) * hair
+        return replace(budget, divergence=divergence, nbytes=nbytes, time=share)
 
     def _call_weights(self) -> dict[str, float]:
         """What one recorded call counts; a plan that does not say how many forwards were recorded stands for one."""
@@ -204,13 +225,9 @@ class _Revalidation:
         return f"surely faster here than {old.chosen}"
 
     def _outcome(
-        self, chosen: Sequence[LayerPlan], inputs: Any, output: OutputPicker | None, kappa: float
+        self, chosen: Sequence[LayerPlan], recording: Recording, output: OutputPicker | None, kappa: float
     ) -> tuple[Outcome, list[str]]:
-        """The whole model's divergence and speed on `inputs`, and why the float model has to stay, if it has to."""
-        calls = as_calls(inputs)
-        with record(self.model, seed=self.seed) as recording, undisturbed(self.model):
-            for args, kwargs in calls:
-                self.model(*args, **kwargs)
+        """The whole model's divergence and speed on these inputs, and why the float model has to stay, if it has to."""
         modules = StandIns(self.model)
         with undisturbed(self.model):
             against = references(self.model, recording.inputs, output)

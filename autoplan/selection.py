@@ -326,16 +326,31 @@ def frontier(layers: Sequence[LayerPlan], kappa: float) -> tuple[FrontierPoint, 
 
 
 def best_uniform(layers: Sequence[LayerPlan], budget: Budget, kappa: float) -> tuple[str, list[LayerPlan]]:
-    """The fastest plan of one candidate wherever it is open (else `none`) that is predicted to keep the budget."""
-    names = {option.candidate for layer in layers for option in _eligible(layer)}
+    """The best plan of one candidate wherever it is open (else `none`) that is predicted to keep the budget.
+
+    The best is the fastest; with a time budget, the most accurate one inside it.
+    """
+    groups = decisions(layers).values()
+    menus = [_open(layers, group) for group in groups]
     best: tuple[str, list[LayerPlan]] | None = None
-    for name in sorted(names, key=lambda name: (name != "none", name)):
-        menus = [[option.candidate for option in _eligible(layer)] for layer in layers]
-        uniform = choosing(layers, [next(c for c in (name, "none", *menu) if c in menu) for menu in menus])
-        fits = budget.divergence is None or kappa * total_harm(uniform) <= budget.divergence
-        if fits and (best is None or total_us(uniform) < total_us(best[1])):
+    rank = total_us if budget.time is None else total_harm
+    for name in sorted({name for menu in menus for name in menu}, key=lambda name: (name != "none", name)):
+        ways = [next(c for c in (name, "none", *menu) if c in menu) for menu in menus]
+        chosen = {i: way for way, group in zip(ways, groups, strict=True) for i in group}
+        uniform = choosing(layers, [chosen[i] for i in range(len(layers))])
+        if _keeps(uniform, budget, kappa) and (best is None or rank(uniform) < rank(best[1])):
             best = (name, uniform)
     return best or ("none", list(layers))
+
+
+def _keeps(layers: Sequence[LayerPlan], budget: Budget, kappa: float) -> bool:
+    """Whether a plan is predicted to keep the budget."""
+    taken = [
+        (kappa * total_harm(layers), budget.divergence),
+        (sum(layer.choice.nbytes or 0 for layer in layers), budget.nbytes),
+        (total_us(layers), budget.time and budget.time * sum(layer.baseline_us for layer in layers)),
+    ]
+    return all(limit is None or value <= limit for value, limit in taken)
 
 
 def keep_float(layers: Sequence[LayerPlan], reason: str) -> tuple[LayerPlan, ...]:

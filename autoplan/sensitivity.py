@@ -286,7 +286,7 @@ def fisher(subject: Subject, trials: Sequence[Trial], go_on: Callable[[int], boo
         for piece in in_parts(subject.model, reference, math.ceil(max(rows.values(), default=1) / _ROWS_PER_BACKWARD))
     ]
     per_position = subject.loss or subject.against[0].logits
-    total = sum(map(unmasked, subject.against)) if per_position else weight(subject.against)
+    total = (sum(map(unmasked, subject.against)) if per_position else weight(subject.against)) or 1.0
     wanted = _FIRST_BLOCKS if any(reference.output.dim() > 2 for reference in subject.against) else _FIRST_SAMPLES
     first = 1 if subject.loss else min(math.ceil(wanted / max(sum(map(units, subject.against)), 1)), _PASSES)
     done = 0

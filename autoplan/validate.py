@@ -22,8 +22,8 @@ from autoplan.divergence import (
     argument,
     call,
     compare,
+    judged_output,
     kl_by_position,
-    main_output,
     terms,
     undisturbed,
 )
@@ -66,7 +66,7 @@ class Whole:
         rows, kl, same, losses = [], [], [], []
         with Swap(self.model, self.stand_ins(plan)):
             for reference in against:
-                output, _ = main_output(call(self.model, reference.model_input), self.picker)
+                output, _ = judged_output(self.model, reference.model_input, self.picker)
                 rows.append(terms(reference, output))
                 if reference.logits:
                     counts = _counted(reference)
@@ -207,7 +207,8 @@ def do_no_harm(
     outcome = times.told(outcome)
     speedup = times.ratios["float"]
     explained_plan = _explained(plan, budget, outcome, pinned)
-    if outcome.versus_uniform is not None and outcome.versus_uniform.high < 1:
+    fastest_counts = budget.time is None  # else it is the most accurate plan inside that time
+    if fastest_counts and outcome.versus_uniform is not None and outcome.versus_uniform.high < 1:
         explained_plan, outcome = _consider_uniform(whole, explained_plan, uniform, budget, outcome, final, jury)
     speedup = outcome.speedup or speedup
     if speedup.low <= 1 and not pinned and budget.nbytes is None:

@@ -97,15 +97,16 @@ def tensor_digest(tensor: Tensor, strict: bool = False) -> str:
     - `shape:` a tensor on the meta device has no values, only dtype and shape count.
 
     Raises:
-        CacheError: the tensor does not give access to its values (sparse, quantized).
+        CacheError: the tensor does not give access to its values (oneDNN's).
     """
     tensor = tensor.detach()
     coverage = "shape" if tensor.is_meta else "strict" if strict else "sampled"
     state = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     if coverage != "shape":
-        values = _bytes(tensor)
-        for part in _all_bytes(values) if strict else _sample(values, tensor.element_size()):
-            state.update(part.contiguous().cpu().numpy().data)
+        for values in _values(tensor):
+            raw = _bytes(values)
+            for part in _all_bytes(raw) if strict else _sample(raw, values.element_size()):
+                state.update(part.contiguous().cpu().numpy().data)
     return f"{coverage}:{state.hexdigest()[:32]}"
 
 
@@ -265,11 +266,24 @@ def _source_path(source: str | os.PathLike[str] | ModuleType) -> Path:
 # -- tensors and data ------------------------------------------------------------------------------------------------
 
 
+def _values(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The dense tensors that say all there is to say of one of known dtype and shape."""
+    if tensor.is_quantized:
+        return (tensor.dequantize(),)
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return tensor.indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    if tensor.layout != torch.strided:
+        raise CacheError(f"a {tensor.layout} tensor of shape {tuple(tensor.shape)} has no digest: pass its parts")
+    return (tensor,)
+
+
 def _bytes(tensor: Tensor) -> Tensor:
-    """The values of a tensor as a uint8 vector that starts on a 64-bit word."""
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        kind = "quantized" if tensor.is_quantized else str(tensor.layout)
-        raise CacheError(f"a {kind} tensor of shape {tuple(tensor.shape)} has no digest: pass its parts")
+    """The values of a dense tensor as a uint8 vector that starts on a 64-bit word."""
     flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     return flat.clone() if flat.storage_offset() % 8 else flat
 

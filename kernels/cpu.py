@@ -230,7 +230,7 @@ def _onednn_u8s8_inline(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtyp
 def _pack_u8s8(canonical: Canonical) -> tuple[Tensor, ...]:
     # contiguous: qlinear_prepack ignores strides, and would read another matrix without a word
     codes = canonical["codes"].contiguous()
-    zero = torch.zeros(codes.shape[0], dtype=torch.int64)
+    zero = codes.new_zeros(codes.shape[0], dtype=torch.int64)
     return torch.ops.onednn.qlinear_prepack(codes, None), canonical["scale"], zero
 
 

@@ -194,7 +194,8 @@ def find_kernel(name: str) -> Kernel:
 def _probe_once(kernel: Kernel) -> str | None:
     """The kernel's own probe; private torch ops come and go, so an exception there is an answer too."""
     try:
-        return kernel.probe()
+        with torch.device("cpu"):  # whatever the default is; those of GPUs say theirs
+            return kernel.probe()
     except Exception as error:
         return f"its probe failed on this machine: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 

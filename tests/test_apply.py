@@ -251,6 +251,15 @@ def test_swapped_puts_back_what_was_there_also_after_an_exception() -> None:
     assert isinstance(nested.get_submodule("0.0"), nn.Identity)
 
 
+def test_a_parent_of_two_names_has_its_layer_swapped_once() -> None:
+    block = mlp()
+    model = nn.Sequential(block, nn.Flatten(), block)
+    first, layers = block[0], stand_ins(model, ("0.0", "2.0"), "int8_weight_only", "1:dequantize_int8")
+    with Swap(model, layers):
+        assert block[0] is layers["0.0"]
+    assert block[0] is first
+
+
 def test_only_linears_are_stood_in_for() -> None:
     with pytest.raises(AutoplanError, match="layer '1' is a ReLU"):
         stand_ins(mlp(), ("1",), "int8_weight_only", "1:dequantize_int8")

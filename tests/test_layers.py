@@ -204,6 +204,16 @@ def test_gradients_pass_through_to_the_input() -> None:
     assert layer.bias.grad is not None
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_backward_hook"])
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+def test_backward_hooks_come_along(register: str) -> None:
+    linear, seen = nn.Linear(128, 48), []
+    getattr(linear, register)(lambda module, *_: seen.append(type(module)))
+    layer = PlannedLinear.from_linear("layer", linear, find_candidate("int8_dynamic"), "1:int_mm")
+    layer(torch.randn(3, 128, requires_grad=True)).sum().backward()
+    assert seen == [PlannedLinear]
+
+
 def test_usable_kernels_are_those_that_every_recorded_dtype_can_use() -> None:
     calls = (Call("default", 4, "float32", 1), Call("default", 4, "float64", 1))
     layer = LayerProfile("x", (), 8, 8, True, "float32", "cpu", calls)

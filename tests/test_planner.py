@@ -314,6 +314,88 @@ def test_a_first_call_that_raises_is_not_the_recording(timer: Any) -> None:
     assert set(chosen(model).values()) == {"int8_dynamic"}
 
 
+def test_an_interrupted_first_call_is_not_the_recording(timer: Any) -> None:
+    model = autoplan(mlp(), budget=LOOSE, cache=False)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model[2].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(inputs())
+    handle.remove()
+    x = inputs()
+    model(x)
+    assert chosen(model) == chosen(autoplan(mlp(), x, budget=LOOSE, cache=False))
+    assert torch.compile(lambda x: x + 1, backend=refusing)  # the process compiles again
+    with pytest.raises(Exception, match="asked to compile"):
+        torch.compile(lambda x: x + 1, backend=refusing)(x)
+
+
+def refusing(graph: Any, inputs: Any) -> Any:
+    raise RuntimeError("asked to compile")
+
+
+@pytest.mark.parametrize("why", ["it was planned in another way", "it returns no tensor"])
+def test_a_first_call_that_cannot_be_planned_runs_on_in_float(
+    why: str, timer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Silent(nn.Sequential):
+        def forward(self, x: Tensor) -> None:  # type: ignore[override]
+            super().forward(x)
+
+    if why == "it was planned in another way":
+        inner = mlp()
+        model: nn.Module = autoplan(torch.compile(inner, backend="eager"), budget=LOOSE, cache=False)
+        autoplan(inner, inputs(), budget=LOOSE, cache=False)
+        expected = "planned already"
+    else:
+        model, expected = autoplan(Silent(*mlp()), budget=LOOSE, cache=False), "returned NoneType"
+    for _ in range(2):
+        model(inputs())
+    assert caplog.text.count("the float model stays") == 1
+    assert expected in caplog.text
+
+
+def test_the_default_device_is_the_callers_own_affair(timer: Any) -> None:
+    x = inputs()
+    expected = autoplan(mlp(), x, budget=LOOSE, cache=False)
+    model = mlp()
+    with torch.device("meta"):  # as set_default_device does
+        autoplan(model, x, budget=LOOSE, cache=False)
+        y = model(x)
+    assert chosen(model) == chosen(expected)
+    assert torch.equal(y, expected(x))
+
+
+def test_a_layer_without_a_shape_is_left_alone(timer: Any) -> None:
+    model = autoplan(nn.Sequential(nn.LazyLinear(64), nn.Linear(64, 64)), budget=LOOSE, cache=False)
+    assert model(inputs()).shape[-1] == 64
+    (left,) = plan_of(model).left_alone
+    assert (left.name, left.reason) == ("0", "its weight has no shape yet: call the model once before")
+    assert chosen(model) == {"1": "int8_dynamic"}
+
+
+def test_calls_of_other_threads_are_not_judged_on(timer: Any) -> None:
+    model = mlp()
+    first = threading.get_ident()
+    others: list[threading.Thread] = []
+
+    def meanwhile(*_: object) -> None:
+        if threading.get_ident() == first and not others:
+            others.append(threading.Thread(target=model, args=(inputs(3),)))
+            others[0].start()
+            others[0].join()
+
+    model[1].register_forward_hook(meanwhile)
+    autoplan(model, budget=LOOSE, cache=False)
+    (waiting,) = {hook.__self__ for hook in model._forward_hooks.values() if hasattr(hook, "__self__")}
+    model(inputs())
+    assert others
+    assert waiting.recording.forwards == {"default": 1}
+    assert [item.args[0].shape for item in waiting.recording.inputs] == [inputs().shape]
+
+
 def test_concurrent_first_calls_plan_once(timer: Any) -> None:
     model, x = mlp(), inputs()
     expected = model(x)
@@ -823,6 +905,51 @@ def test_a_model_that_waits_for_its_first_call_can_be_asked_again_copied_and_pic
     for twin in (copy.deepcopy(waiting), pickle.loads(pickle.dumps(waiting)), waiting):
         twin(x)
         assert set(chosen(twin).values()) == {"int8_dynamic"}
+
+
+class Noisy(nn.Sequential):
+    """Draws random numbers in every forward, as a variational decoder does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x + torch.randn_like(x))
+        return y + torch.randn_like(y)
+
+
+def test_a_model_that_draws_random_numbers_is_judged_on_equal_draws(timer: Any) -> None:
+    model, before = Noisy(*mlp()), torch.get_rng_state()
+    autoplan(model, inputs(), budget=LOOSE, cache=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    outcome = plan_of(model).outcome
+    assert outcome is not None
+    assert outcome.divergence.value < 0.01
+    assert set(chosen(model).values()) == {"int8_dynamic"}
+
+
+class OnGraph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.register_buffer("neighbours", torch.eye(24).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.neighbours @ x)
+        return y
+
+
+def test_a_sparse_buffer_is_no_obstacle(timer: Any) -> None:
+    model, other = OnGraph(), OnGraph()
+    other.neighbours = 2 * other.neighbours
+    plans = [plan_of(autoplan(m, inputs(), pin={"fc": "int8_dynamic"}, cache=False)) for m in (model, other)]
+    assert chosen(model) == {"fc": "int8_dynamic"}
+    assert plans[0].fingerprints["model"]["digest"] != plans[1].fingerprints["model"]["digest"]
+
+
+def test_an_output_of_zeros_is_planned(timer: Any) -> None:
+    model = mlp()
+    for parameter in model[4].parameters():
+        nn.init.zeros_(parameter)
+    autoplan(model, inputs(), budget=LOOSE, cache=False)
+    assert torch.equal(model(inputs()), torch.zeros(24, 32))
 
 
 def test_the_recording_of_another_model_is_refused(timer: Any) -> None:

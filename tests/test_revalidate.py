@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoplan import Budget, Plan, PlanCache, apply_plan, autoplan, make_plan, plan_of, record
-from autoplan.errors import AutoplanError, CandidateError, PlanMismatchError
+from autoplan import Budget, Plan, PlanCache, apply_plan, autoplan, make_plan, plan_of, record, recorder
+from autoplan.errors import AutoplanError, CandidateError, PlanMismatchError, RecordingError
 from autoplan.kernels import ops
 
 LOOSE = Budget(divergence=0.5)
@@ -213,6 +213,24 @@ def test_a_plan_that_breaks_its_budget_or_is_slower_as_a_whole_gives_the_float_m
     new = plan.revalidate(model(), rows(), cache=False)
     assert chosen(new) == ["none"] * 3
     assert "slower than the float model as a whole" in new.revalidated[-1]
+
+
+@pytest.mark.parametrize("budget", [Budget(time=0.41), Budget(nbytes=1000), Budget(time=0.41, nbytes=1000)])
+def test_what_a_choice_takes_here_is_allowed(timer: Any, budget: Budget) -> None:
+    plan = replace(foreign(timer), budget=budget)
+    timer.ratios |= {"int8_dynamic/onednn_u8s8": 0.6}
+    assert chosen(plan.revalidate(model(), cache=False)) == ["int8_dynamic"] * 3
+
+
+def test_inputs_that_cannot_be_kept_are_told_before_anything_is_timed(
+    timer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = foreign(timer)
+    timer.raced.clear()
+    monkeypatch.setattr(recorder, "_MAX_INPUT_BYTES", 8)
+    with pytest.raises(RecordingError, match="its inputs are too large"):
+        plan.revalidate(model(), rows(), cache=False)
+    assert not timer.raced
 
 
 def test_timings_are_kept_in_the_cache(timer: Any) -> None:

@@ -137,6 +137,19 @@ def test_the_best_uniform_plan_keeps_the_budget() -> None:
     assert [item.chosen for item in best_uniform(only_some, Budget(divergence=1.0), 1.0)[1]] == ["int8"] * 3 + ["none"]
 
 
+def test_the_best_uniform_plan_keeps_bytes_time_and_groups() -> None:
+    sizes = {name: sum(layer.option(name).nbytes or 0 for layer in LAYERS) for name in ("none", "bf16", "int8")}
+    assert sizes["int8"] < sizes["bf16"] < sizes["none"]
+    assert best_uniform(LAYERS, Budget(nbytes=sizes["int8"]), 1.0)[0] == "int8"
+    slow = [layer(item.name, ("bf16", 60, 0, 200), ("int8", 1000, 0, 100)) for item in LAYERS]
+    assert best_uniform(slow, Budget(divergence=1.0), 1.0)[0] == "bf16"
+    assert best_uniform(slow, Budget(nbytes=sizes["bf16"] - 1), 1.0)[0] == "int8"
+    assert best_uniform(LAYERS, Budget(time=1.0), 1.0)[0] == "none"
+    assert best_uniform(LAYERS, Budget(time=0.75), 1.0)[0] == "bf16"
+    group = [layer("a", ("int8", 1, 0, 1), group="g"), layer("b", group="g"), layer("c", ("int8", 1, 0, 1))]
+    assert [item.chosen for item in best_uniform(group, Budget(divergence=1.0), 1.0)[1]] == ["none", "none", "int8"]
+
+
 def test_reasons_and_keeping_float() -> None:
     budget = Budget(divergence=1e-2)
     chosen = replace(LAYERS[0], chosen="int8")

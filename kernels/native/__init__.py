@@ -36,7 +36,7 @@ def _join(sizes: tuple[int, int, int], *parts: Tensor) -> tuple[Tensor]:
         begins.append(end)
         end += _round_up(part.nbytes, _ALIGNMENT)
     joined = torch.zeros(end, dtype=torch.int8, device=parts[0].device)
-    joined[: 8 * (len(sizes) + len(parts))].view(torch.int64).copy_(torch.tensor([*sizes, *begins]))
+    joined[: 8 * (len(sizes) + len(parts))].view(torch.int64).copy_(torch.tensor([*sizes, *begins], device="cpu"))
     for begin, part in zip(begins, parts, strict=True):
         joined[begin : begin + part.nbytes].copy_(part.contiguous().flatten().view(torch.int8))
     return (joined,)
@@ -132,9 +132,9 @@ def quantize_int4_fast(weight: Tensor, group_size: int) -> Canonical:
     if not plain or group_size % 16 or weight.shape[1] % group_size or _missing():
         return quantize_int4(weight, group_size)
     weight = weight.contiguous()
-    (out_features, in_features), ratios = weight.shape, torch.tensor(CLIP_RATIOS, dtype=torch.float64)
-    codes = torch.empty((out_features, in_features // 2), dtype=torch.uint8)
-    scale = torch.empty((out_features, in_features // group_size), dtype=torch.bfloat16)
+    (out_features, in_features), ratios = weight.shape, weight.new_tensor(CLIP_RATIOS, dtype=torch.float64)
+    codes = weight.new_empty((out_features, in_features // 2), dtype=torch.uint8)
+    scale = weight.new_empty((out_features, in_features // group_size), dtype=torch.bfloat16)
     zero_point = torch.empty_like(scale, dtype=torch.uint8)
     library().autoplan_quantize_int4(
         weight.data_ptr(), _CODES[weight.dtype], out_features, in_features, group_size, ratios.data_ptr(), len(ratios),
@@ -256,7 +256,7 @@ def _register(
         return write if eps is None else write_normalized
 
     def run(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        out = torch.empty((x.shape[0], _sizes(packed)[0]), dtype=dtype)
+        out = x.new_empty((x.shape[0], _sizes(packed)[0]), dtype=dtype)
         bias = None if bias is None else bias.contiguous()
         into(dtype, None if bias is None else bias.dtype, "none")(x.to(dtype), *packed, bias, out=out)
         return out

@@ -107,8 +107,23 @@ def test_tensor_digest_says_when_there_are_no_values() -> None:
 
 
 def test_tensor_digest_refuses_what_it_cannot_read() -> None:
-    with pytest.raises(CacheError, match="sparse"):
-        fingerprint.tensor_digest(torch.eye(3).to_sparse())
+    with pytest.raises(CacheError, match="_mkldnn"):
+        fingerprint.tensor_digest(torch.eye(3).to_mkldnn())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR|BSC)", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("strict", [False, True])
+def test_tensor_digest_reads_sparse_and_quantized_tensors(strict: bool) -> None:
+    def digests(dense: torch.Tensor) -> list[str]:
+        sparse = [dense.to_sparse(), dense.to_sparse_csr(), dense.to_sparse_csc(), dense.to_sparse_bsr((2, 2)),
+                  dense.to_sparse_bsc((2, 2)), torch.quantize_per_tensor(dense, 0.5, 3, torch.qint8)]  # fmt: skip
+        return [fingerprint.tensor_digest(tensor, strict) for tensor in sparse]
+
+    moved = torch.eye(4)
+    moved[0, 0], moved[0, 1] = 0, 1
+    assert digests(torch.eye(4)) == digests(torch.eye(4))
+    for others in (digests(moved), digests(2 * torch.eye(4))):
+        assert all(one != other for one, other in zip(digests(torch.eye(4)), others, strict=True))
 
 
 def test_model_fingerprint() -> None:
