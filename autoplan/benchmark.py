@@ -30,6 +30,8 @@ MARGIN = 0.02
 _BUCKETS: list[int] = sorted({*range(1, 17), *(2**k for k in range(5, 24)), *(3 * 2 ** (k - 1) for k in range(4, 24))})
 _MAX_COPIES = 64
 _RACE_SECONDS = 15.0
+_MEMORY_SHARE = 0.5  # of what is available, for the copies of a race on CPU; one of each in any case
+_PASSING = ("OutOfMemory", "MemoryError", "allocate memory", "Inductor", "CompileError")  # in notes of what may pass
 _HOPELESS = 2.0  # times the time of the candidate's best kernel
 _ALIKE = 16.0  # times as many elements at most: beyond, what a call costs whatever the weight counts for more, or less
 _LAYOUTS = 6  # all layouts of all candidates together take about so many times what the float weight takes
@@ -109,7 +111,9 @@ def measure(
         if arms is not None and replace(arms.shape, rows=shape.rows, parts=shape.parts) != shape:
             arms = None  # another weight: this one is freed before that is made
         arms = _arms(shape, seed, arms)
-        measured = _race(arms, missing, seed, between, min(_RACE_SECONDS, seconds_left()))
+        if (left := seconds_left()) <= 0:  # drawing a large weight takes its time
+            continue
+        measured = _race(arms, missing, seed, between, min(_RACE_SECONDS, left))
         if shape.device == "cuda":
             arms = None
             torch.cuda.empty_cache()  # the weight copies' memory: the user's again
@@ -119,11 +123,20 @@ def measure(
             records = [
                 entry(_fingerprint(shape, by_key[m.candidate, m.kernel], environment, between), _to_value(m))
                 for m in measured
+                if _lasts(m, cut_short=left < _RACE_SECONDS)
             ]
             cache.put_many("timings", dict(records))
     if progress:
         progress("timing", len(wanted), len(wanted))
     return left_out | found
+
+
+def _lasts(measurement: Measurement, cut_short: bool) -> bool:
+    """Whether another run would find the same: not where time ran out, nor where memory or a compiler failed."""
+    note = measurement.note
+    if note.startswith("failed:"):
+        return not any(sign in note for sign in _PASSING)
+    return not (cut_short and note.startswith("undecided"))
 
 
 def _hopeless(
@@ -415,13 +428,23 @@ def _copies(between: int, weight_bytes: int, bytes_a_round: float) -> int:
     """So many copies of each weight that it is as cold as in a model with `between` bytes of weights: from 2 to 64.
 
     A batch of quick calls goes round an arm's copies by itself, so there are as many as such layers fill the model
-    with. But if the model stays in the last-level cache, so do the copies of all arms; else they overflow it.
+    with. But if the model stays in the last-level cache, so do the copies of all arms; else they overflow it. There are
+    fewer where memory is short.
     """
     if between >= _enough_to_overflow():
         wanted = between / bytes_a_round
     else:
         wanted = min(between / weight_bytes, 0.5 * last_level_cache_bytes() / bytes_a_round)
-    return max(2, min(_MAX_COPIES, math.ceil(wanted)))
+    copies = max(2, min(_MAX_COPIES, math.ceil(wanted)))
+    return max(1, int(min(copies, _MEMORY_SHARE * _available_bytes() / bytes_a_round)))
+
+
+def _available_bytes() -> float:
+    """The memory that Linux can give out without swapping; no limit where the system does not tell."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    kib = next((float(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
+    return kib * 1024
 
 
 def last_level_cache_bytes() -> int:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ exit codes:
   1  demo: the planned model's error is above the budget
      plan: no layer was switched, the plan is the float model
      cache verify: something cannot be trusted; cache show: there is no such record
-  2  wrong usage, or an error that the message explains
+  2  wrong usage, or an error that the message explains (or a traceback)
   130  interrupted
 """
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `autoplan report plan.json | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:
+        traceback.print_exc()  # to be reported; not 1, which is an answer
+        return 2
     return code
 
 

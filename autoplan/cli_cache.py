@@ -171,9 +171,13 @@ def _to_read(given: str | None) -> PlanCache:
     from autoplan.cache.store import PlanCache
 
     place = files.place(_place(given))
-    if given is not None and not place.exists():
+    try:
+        exists, is_folder = place.exists(), place.is_folder()
+    except OSError as error:
+        raise CacheError(f"the plan cache at {place} cannot be read: {error}") from error
+    if given is not None and not exists:
         raise CacheError(f"there is no plan cache at {given}")
-    if place.suffix in codec.SUFFIXES and place.exists() and not place.is_folder():
+    if place.suffix in codec.SUFFIXES and exists and not is_folder:
         return PlanCache.load(_place(given))
     return PlanCache(_place(given), read_only=True)
 

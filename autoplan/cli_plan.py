@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _MODEL = "a folder with a transformers model, or module:function, called without arguments for a model"
+_NO_FOLDERS = (".bin", ".pt", ".pth", ".ckpt", ".json", ".pkl")  # nobody means a folder by a name that ends so
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 
 AddCommand = Callable[[Any, str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
@@ -93,6 +94,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     from autoplan.recorder import as_calls, record
 
     _check_suffix(arguments.out, (".json", ".pkl"))
+    if "://" not in arguments.out:
+        _make_folder(Path(arguments.out).parent)  # now, not once all is measured
     inputs = _inputs(arguments.inputs, arguments.model, arguments.batch)
     model = _load(arguments.model, arguments.dtype, arguments.device)
     inputs = _moved(inputs, arguments.device)
@@ -128,17 +131,20 @@ def _apply(arguments: argparse.Namespace) -> int:
 
     plan = Plan.load(arguments.plan)
     out = Path(arguments.out)
-    if out.suffix and out.suffix != ".safetensors":
+    if out.suffix in _NO_FOLDERS and not out.is_dir():
         raise AutoplanError(
             f"--out {arguments.out}: planned weights go to a folder, or to a file ending in .safetensors"
         )
-    in_folder = not out.suffix
+    in_folder = out.suffix != ".safetensors"  # a folder may be named Llama-3.2-1B
     weights = out / "model.safetensors" if in_folder else out
     plan_file = out / "plan.json" if in_folder else out.with_suffix(".plan.json")
+    in_the_models = os.path.isdir(arguments.model) and weights.resolve().parent == Path(arguments.model).resolve()
+    if in_the_models and (in_folder or weights.exists()):
+        raise AutoplanError(f"--out {arguments.out}: that would write over the float model; choose another place")
     model = apply_plan(_load(arguments.model, arguments.dtype, arguments.device), plan, weights=arguments.weights)
     applied = plan_of(model)
+    _make_folder(weights.parent)
     try:
-        weights.parent.mkdir(parents=True, exist_ok=True)
         nbytes = _save_weights(model, weights)
         copied = list(_copy_small_files(Path(arguments.model), out)) if in_folder else []
     except OSError as error:
@@ -153,6 +159,13 @@ def _apply(arguments: argparse.Namespace) -> int:
         print(f"to {plan_file}. To load them: build the float model, apply_plan(model, plan, weights='skip'), then")
         print("model.load_state_dict(safetensors.torch.load_file(...), assign=True)")
     return 0
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AutoplanError(f"cannot write to {folder}: {error}") from error
 
 
 def _summary(plan: Plan) -> dict[str, Any]:
@@ -201,21 +214,24 @@ def _load(name: str, dtype: str | None, device: str) -> nn.Module:
 
 def _from_function(name: str) -> Any:
     module_name, _, function_name = name.partition(":")
-    sys.path.insert(0, os.getcwd())  # as `python -m` has it
+    here = os.getcwd()
+    sys.path.insert(0, here)  # as `python -m` has it, also for what the function imports
     try:
-        found: Any = importlib.import_module(module_name)
-        for part in function_name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise AutoplanError(f"cannot import {name}: {error}") from error
+        try:
+            found: Any = importlib.import_module(module_name)
+            for part in function_name.split("."):
+                found = getattr(found, part)
+        except Exception as error:  # also of the module's own code
+            raise AutoplanError(f"cannot import {name}: {type(error).__name__}: {error}") from error
+        if not callable(found):
+            raise AutoplanError(f"{name} is a {type(found).__name__}; it must be a function that returns the model")
+        try:
+            return found()
+        except Exception as error:
+            raise AutoplanError(f"{name}() failed: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(os.getcwd())
-    if not callable(found):
-        raise AutoplanError(f"{name} is a {type(found).__name__}; it must be a function that returns the model")
-    try:
-        return found()
-    except Exception as error:
-        raise AutoplanError(f"{name}() failed: {type(error).__name__}: {error}") from error
+        if here in sys.path:
+            sys.path.remove(here)
 
 
 def _from_folder(folder: Path) -> Any:

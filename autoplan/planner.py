@@ -243,6 +243,7 @@ class _Planning:
     ranks: Ranks
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    cut_short: bool = False  # a stage ran out of time: with more, the plan could be another
 
     def run(self) -> Plan:
         self.began = time.monotonic()
@@ -333,7 +334,7 @@ class _Planning:
             outcome=outcome,
             planning_seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
         )
-        if self._seconds_left() > 0 and (cache := self._plan_cache()):
+        if self._seconds_left() > 0 and not self.cut_short and (cache := self._plan_cache()):
             cache.put("plans", *entry(self.prints, plan.to_dict()))
         return plan
 
@@ -346,7 +347,9 @@ class _Planning:
     def _seconds_left(self, share: float = 1.0) -> float:
         """Until this share of `max_seconds` is over: a stage that took all of it would leave the next one nothing."""
         limit = self.request.max_seconds
-        return math.inf if limit is None else self.began + share * limit - time.monotonic()
+        left = math.inf if limit is None else self.began + share * limit - time.monotonic()
+        self.cut_short = self.cut_short or left <= 0
+        return left
 
     # What is known already.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from autoplan.candidates.base import select
 from autoplan.divergence import OutputPicker
 from autoplan.errors import AutoplanError, CacheError, CandidateError
 from autoplan.fisher import Loss
+from autoplan.kernels import find_kernel
 from autoplan.offload import named_values
 from autoplan.recorder import Recording, match
 from autoplan.records import Device, LayerProfile, LeftAlone, label
@@ -173,10 +175,13 @@ class Request:
             if name in by_tensor  # a tied weight is listed under the first of its names only
         }
         calls = [[p.name, [[c.workload, c.rows, c.dtype, c.count] for c in p.calls]] for p in profiles]
-        structure = [repr(model), [[name, _type_name(module)] for name, module in model.named_modules()]]
         return {
             "environment": fingerprint.environment(device, fingerprint.source_digest(kernels)),
-            "model": {"digest": model_print["digest"], "structure": fingerprint.digest(structure), "layers": layers},
+            "model": {
+                "digest": model_print["digest"],
+                "structure": fingerprint.structure_digest(model),
+                "layers": layers,
+            },
             "data": {
                 "digest": _data_digest(recording),
                 "calls": fingerprint.digest(calls),
@@ -184,7 +189,13 @@ class Request:
                 "forwards": dict(recording.forwards),
             },
             "options": self._plain(mode),
+            "planner": {"source": _own_source(), "lacking": self._lacking(device)},
         }
+
+    def _lacking(self, device: str) -> list[str]:
+        """The kernels of the candidates that this machine lacks something for, such as a compiler."""
+        kernels = {name: find_kernel(name) for candidate in self.chosen_candidates() for name in candidate.kernels}
+        return sorted(name for name, kernel in kernels.items() if device in kernel.devices and kernel.lacks())
 
     def _plain(self, mode: str) -> dict[str, Any]:
         budget = self.budget
@@ -201,6 +212,12 @@ class Request:
             "batch_invariant": self.batch_invariant,
             "seed": self.seed,
         }
+
+
+@functools.cache
+def _own_source() -> str:
+    """A digest of the planner itself: another one may plan otherwise."""
+    return fingerprint.source_digest(*sorted(Path(__file__).parent.glob("*.py")))
 
 
 @contextmanager

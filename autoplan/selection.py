@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -47,8 +48,12 @@ class Budget:
             ("nbytes", self.nbytes, 1),
             ("time", self.time, 1e-9),
         ):
-            if limit is not None and not (isinstance(limit, int | float) and limit >= least and limit != float("inf")):
+            if limit is None:
+                continue
+            if not (isinstance(limit, numbers.Real) and least <= limit < float("inf")):
                 raise BudgetError(f"budget {name} must be a positive number, not {limit!r}")
+            plain = int(limit) if name == "nbytes" else float(limit)  # numpy's go into no file
+            object.__setattr__(self, name, plain)
         if self.divergence is None and self.nbytes is None and self.time is None and self.preset is None:
             raise BudgetError("an empty budget: give divergence, nbytes or time, or a preset: " + ", ".join(PRESETS))
 

@@ -230,7 +230,7 @@ class _Book:
 
     def _fingerprint(self, strategy: str, trial: Trial) -> dict[str, Any]:
         asked = self.prints["options"]
-        return {name: self.prints[name] for name in ("model", "data", "environment")} | {
+        return {name: self.prints[name] for name in ("model", "data", "environment", "planner")} | {
             "strategy": strategy,
             "output": asked["output"],
             "loss": asked["loss"],

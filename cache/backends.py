@@ -175,8 +175,12 @@ class Folder:
                 self._listed.get(kind, set()).discard(key)
 
     def problems(self) -> dict[str, str]:
-        found = {}
+        found: dict[str, str] = {}
         for kind in KINDS:
+            try:
+                (self._place / kind).names()
+            except OSError as error:
+                found[kind] = f"cannot be listed: {error}"
             for key in sorted(self.keys(kind)):
                 try:
                     form.record_in(self._file(kind, key), kind, key)

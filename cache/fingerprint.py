@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoplan.cache.codec import Plain, digest
 from autoplan.errors import CacheError
@@ -29,6 +29,7 @@ __all__ = [
     "function_digest",
     "model_fingerprint",
     "source_digest",
+    "structure_digest",
     "tensor_digest",
 ]
 
@@ -151,12 +152,41 @@ def function_digest(function: object) -> str:
         (function.__closure__, function.__defaults__, function.__kwdefaults__)
     ):
         raise CacheError(f"{function!r} has no digest: more than its code says what it does")
+    _check_reads_nothing(function.__code__)
     return digest(_described_code(function.__code__))
 
 
-def _described_code(code: CodeType) -> list[Plain]:
+def structure_digest(model: nn.Module) -> str:
+    """What a model computes with its tensors, as far as its modules show it.
+
+    That is each one's name, `repr`, plain attributes and class, with the code of the class's own forward: not that of
+    functions which it calls.
+    """
+    modules: list[Plain] = []
+    code: dict[str, Plain] = {}
+    for name, module in model.named_modules():
+        plain: dict[str, Plain] = {key: repr(value) for key, value in vars(module).items() if _is_plain(key, value)}
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        modules.append([name, kind, plain])
+        forward = inspect.unwrap(type(module).forward)
+        if kind not in code and isinstance(forward, FunctionType):
+            code[kind] = list(_described_code(forward.__code__))
+    return digest([repr(model), modules, code])
+
+
+def _is_plain(key: str, value: object) -> bool:
+    return not key.startswith("_") and key != "training" and isinstance(value, bool | int | float | str)
+
+
+def _check_reads_nothing(code: CodeType) -> None:
     if elsewhere := [i.argval for i in dis.get_instructions(code) if i.opname in _READS_ELSEWHERE]:
         raise CacheError(f"{code.co_name} has no digest: it reads {', '.join(map(str, elsewhere))}")
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            _check_reads_nothing(constant)
+
+
+def _described_code(code: CodeType) -> list[Plain]:
     return [
         code.co_code.hex(),
         getattr(code, "co_exceptiontable", b"").hex(),  # since Python 3.11

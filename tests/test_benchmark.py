@@ -54,12 +54,16 @@ def test_weights_are_as_cold_as_the_model_makes_them(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(benchmark, "last_level_cache_bytes", lambda: 1000)
     sizes = (None, 5000, 1200, 1025, 1024, 257, 256, 1)
     assert [benchmark.bytes_between(size) for size in sizes] == [*[1200] * 4, 1024, 512, 256, 2]
+    monkeypatch.setattr(benchmark, "_available_bytes", lambda: math.inf)
     in_memory = [(1, 1), (1, 100), (1, 400), (1, 600), (1, 1e9)]
     assert [benchmark._copies(1200, *sizes) for sizes in in_memory] == [64, 12, 3, 2, 2]
     in_cache = [(10, 40), (10, 20), (1, 4), (200, 800), (2, 500)]
     assert [benchmark._copies(256, *sizes) for sizes in in_cache] == [13, 25, 64, 2, 2]
+    monkeypatch.setattr(benchmark, "_available_bytes", lambda: 800.0)
+    assert [benchmark._copies(1200, 1, size) for size in (100, 300, 1e9)] == [4, 1, 1]
     monkeypatch.undo()
     assert benchmark.last_level_cache_bytes() >= 1 << 15
+    assert benchmark._available_bytes() > 1 << 20
 
 
 def test_what_is_cached_is_not_timed_again(timer: Any) -> None:
@@ -205,6 +209,38 @@ def test_a_damaged_record_is_a_miss(timer: Any, damage: Any) -> None:
     cache._records["timings"][key] = record | {"value": value}
     assert measure(wanted, ENVIRONMENT, cache) == found
     assert timer.races == 2
+
+
+@pytest.mark.parametrize(
+    ("ratio", "note", "seconds", "kept"),
+    [
+        (1.0, "undecided when time ran out", 1.0, False),
+        (1.0, "undecided when time ran out", math.inf, True),
+        (1.0, "", 1.0, True),
+        (math.inf, "failed: NotImplementedError: no such dtype", math.inf, True),
+        (math.inf, "failed: OutOfMemoryError: CUDA out of memory", math.inf, False),
+        (math.inf, "failed: RuntimeError: DefaultCPUAllocator: can't allocate memory", math.inf, False),
+        (math.inf, "failed: InductorError: CppCompileError: C++ compile error", math.inf, False),
+    ],
+)
+def test_what_may_pass_is_not_kept(
+    ratio: float, note: str, seconds: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def race(arms: Any, contenders: Any, *_: Any) -> list[Measurement]:
+        low, high = (0.0, math.inf) if note else (ratio, ratio)
+        return [Measurement(SHAPE, c.candidate.name, c.kernel.name, 9.0, ratio, low, high, 1, note) for c in contenders]
+
+    monkeypatch.setattr(benchmark, "_race", race)
+    cache = PlanCache()
+    found = measure({SHAPE: contenders("none")}, ENVIRONMENT, cache, seconds_left=lambda: seconds)
+    assert {m.note for m in found.values()} == {note}
+    assert bool(cache._records["timings"]) == kept
+
+
+def test_time_that_runs_out_while_a_weight_is_drawn_ends_timing(timer: Any) -> None:
+    left = iter([1.0, -1.0])
+    assert measure({SHAPE: contenders("none")}, ENVIRONMENT, None, seconds_left=lambda: next(left)) == {}
+    assert timer.races == 0
 
 
 def test_failures_are_kept_in_files_too() -> None:

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from autoplan import PlanCache, cli, cli_cache
-from autoplan.cache import codec
+from autoplan.cache import codec, files
 from autoplan.cache.store import entry
 
 Run = Callable[..., tuple[int, str, str]]
@@ -127,6 +127,26 @@ def test_verify_of_a_sound_cache(run: Run, tmp_path: Path, name: str) -> None:
     assert run("verify", "--cache", tmp_path / name) == (0, f"2 records in {tmp_path / name}, no problems\n", "")
     found = json.loads(run("verify", "--json", "--cache", tmp_path / name)[1])
     assert found == {"path": str(tmp_path / name), "records": 2, "problems": {}}
+
+
+def test_what_cannot_be_read_is_no_sound_cache(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path / "plans", 1)
+
+    def refuse(*_: object) -> Any:
+        raise PermissionError("no access")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.Local, "names", refuse)
+        code, out, _ = run("verify", "--cache", tmp_path / "plans")
+        assert code == 1
+        assert "cannot be listed: no access" in out
+    monkeypatch.setattr(files.Local, "exists", refuse)
+    code, out, _ = run("verify", "--cache", tmp_path / "plans")
+    assert code == 1
+    assert "cannot be read: no access" in out
+    code, _, err = run("list", "--cache", tmp_path / "plans")
+    assert code == 2
+    assert "cannot be read: no access" in err
 
 
 def test_verify_names_what_cannot_be_trusted_and_changes_nothing(run: Run, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from autoplan import Plan, apply_plan, cli, plan_of
+from autoplan import Plan, apply_plan, cli, cli_plan, plan_of
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -173,6 +173,57 @@ def test_apply_says_what_it_did_as_json(run: Run, planned: Plan) -> None:
     assert (found["weights"], found["plan"], found["copied"]) == ("a/b/model.safetensors", "a/b/plan.json", [])
     assert found["nbytes"] == Path("a/b/model.safetensors").stat().st_size
     assert (found["switched"], found["stale"]) == (2, [])
+
+
+def test_a_folder_may_have_a_dot_in_its_name(run: Run, planned: Plan) -> None:
+    assert run("apply", "models:build", "plan.json", "--out", "Llama-3.2-1B")[0] == 0
+    assert Path("Llama-3.2-1B/model.safetensors").exists()
+    code, _, err = run("apply", "models:build", "plan.json", "--out", "weights.pt")
+    assert (code, Path("weights.pt").exists()) == (2, False)
+    assert "a folder, or to a file ending in .safetensors" in err
+
+
+@pytest.mark.parametrize("out", ["own", "own/", "../{}/own", "own/model.safetensors"])
+def test_the_float_model_is_not_written_over(run: Run, planned: Plan, out: str) -> None:
+    Path("own").mkdir()
+    save_file({"weight": rows()}, "own/model.safetensors")
+    before = Path("own/model.safetensors").read_bytes()
+    code, _, err = run("apply", "own", "plan.json", "--out", out.format(Path.cwd().name))
+    assert code == 2
+    assert "would write over the float model" in err
+    assert Path("own/model.safetensors").read_bytes() == before
+
+
+def test_a_plan_goes_into_a_folder_that_is_made_before_anything_is_measured(run: Run, timer: Any) -> None:
+    torch.save(rows(), "rows.pt")
+    assert run("plan", "models:build", "--inputs", "rows.pt", "--out", "new/folder/p.json", "--fresh", *FEW)[0] == 0
+    assert Plan.load("new/folder/p.json").layers
+    Path("file").touch()
+    timer.raced.clear()
+    code, _, err = run("plan", "models:build", "--inputs", "rows.pt", "--out", "file/p.json", "--fresh", *FEW)
+    assert code == 2
+    assert "cannot write to file" in err
+    assert not timer.raced
+
+
+def test_modules_in_the_folder_are_found_when_the_function_runs(run: Run, planned: Plan) -> None:
+    Path("net.py").write_text(MODELS)
+    Path("late.py").write_text("def build():\n    from net import build\n    return build()\n")
+    assert run("apply", "late:build", "plan.json", "--out", "late")[0] == 0
+    Path("broken.py").write_text("def build(:\n")
+    for name, expected in (("broken:build", "SyntaxError"), ("./models.py:build", "cannot import ./models.py:build")):
+        code, _, err = run("apply", name, "plan.json", "--out", "late")
+        assert code == 2
+        assert expected in err
+
+
+def test_what_nobody_expected_is_a_traceback_and_no_answer(
+    run: Run, planned: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_plan, "_save_weights", lambda *_: 1 / 0)
+    code, _, err = run("apply", "models:build", "plan.json", "--out", "x")
+    assert code == 2
+    assert "ZeroDivisionError" in err
 
 
 def test_tied_weights_are_written_under_each_name(run: Run, timer: Any) -> None:

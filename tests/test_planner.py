@@ -27,10 +27,13 @@ from autoplan import (
     autoplan,
     make_plan,
     plan_of,
+    planner,
     record,
     register_candidate,
+    request,
 )
 from autoplan.errors import BudgetError, CandidateError, RecordingError
+from autoplan.kernels import ops
 from autoplan.layers import PlannedLinear
 
 LOOSE = Budget(divergence=0.1)
@@ -702,6 +705,59 @@ def test_the_lazy_form_and_the_eager_form_make_one_plan(timer: Any) -> None:
     with torch.no_grad():
         lazy(x)
     assert plan_of(lazy) == plan_of(eager)
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.fc, self.scale = nn.Linear(64, 64), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.scale * self.fc(x)
+        return y
+
+
+def test_what_else_a_model_computes_makes_another_plan(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, x = PlanCache(), inputs()
+
+    def divergence(scale: float) -> float:
+        outcome = plan_of(autoplan(Scaled(scale), x, pin={"fc": "int8_dynamic"}, cache=cache)).outcome
+        assert outcome is not None
+        return outcome.divergence.value
+
+    assert divergence(100.0) > 2 * divergence(0.01)  # an attribute
+    before = divergence(0.01)
+    monkeypatch.setattr(Scaled, "forward", lambda self, x: self.fc(x))  # the code
+    assert divergence(0.01) > 2 * before
+
+
+def test_a_planner_or_a_machine_that_is_another_plans_anew(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, x = PlanCache(), inputs()
+    first = autoplan(mlp(), x, budget=LOOSE, cache=cache)
+
+    def is_cached() -> bool:
+        return plan_of(autoplan(mlp(), x, budget=LOOSE, cache=cache)) == plan_of(first)
+
+    assert is_cached()
+    with monkeypatch.context() as patch:
+        patch.setattr(request, "_own_source", lambda: "another")
+        assert not is_cached()
+    with monkeypatch.context() as patch:  # a compiler was installed since
+        patch.setattr(ops, "_probe_once", lambda kernel: "no compiler" if kernel.name == "int_mm" else None)
+        assert not is_cached()
+    assert is_cached()
+
+
+def test_a_plan_that_ran_out_of_time_is_no_answer_to_one_that_has_it(
+    timer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, x = PlanCache(), inputs()
+    with monkeypatch.context() as patch:
+        patch.setattr(planner, "_TIMING_SHARE", 1e-9)
+        hasty = autoplan(mlp(), x, budget=LOOSE, cache=cache, max_seconds=100)
+    assert "max_seconds ran out" in option(plan_of(hasty), "0", "int8_dynamic").rejected
+    assert set(chosen(autoplan(mlp(), x, budget=LOOSE, cache=cache)).values()) == {"int8_dynamic"}
 
 
 def test_max_seconds_gives_a_valid_plan(timer: Any) -> None:

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from autoplan import options, selection
@@ -148,6 +149,15 @@ def test_the_best_uniform_plan_keeps_bytes_time_and_groups() -> None:
     assert best_uniform(LAYERS, Budget(time=0.75), 1.0)[0] == "bf16"
     group = [layer("a", ("int8", 1, 0, 1), group="g"), layer("b", group="g"), layer("c", ("int8", 1, 0, 1))]
     assert [item.chosen for item in best_uniform(group, Budget(divergence=1.0), 1.0)[1]] == ["none", "none", "int8"]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    budget = Budget(divergence=np.float32(0.5), nbytes=np.int64(7), time=np.float64(0.25))
+    assert [type(limit) for limit in (budget.divergence, budget.nbytes, budget.time)] == [float, int, float]
+    assert budget == Budget(divergence=0.5, nbytes=7, time=0.25)
+    for wrong in (np.float64("nan"), np.float64("inf"), np.float32(-1), "1", 1j):
+        with pytest.raises(BudgetError, match="must be a positive number"):
+            Budget(divergence=wrong)
 
 
 def test_reasons_and_keeping_float() -> None:

@@ -111,7 +111,7 @@ def harms(strategy: str, judged: Subject, candidates: Sequence[str] = CANDIDATES
 def measured(
     judged: Subject, candidates: Sequence[str] = CANDIDATES, cache: PlanCache | None = None, **arguments: Any
 ) -> Any:
-    prints = {name: {} for name in ("model", "data", "environment")}
+    prints = {name: {} for name in ("model", "data", "environment", "planner")}
     options = {"output": None, "loss": None, "candidates": {name: name for name in candidates}}
     layers = [
         LayerPlan(p.name, p.aliases, p.in_features, p.out_features, p.has_bias, p.dtype, p.calls, 1.0, "none", "",
