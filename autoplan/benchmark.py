@@ -29,6 +29,7 @@ APART = ("apart", "one by one")  # that of a shape with parts
 MARGIN = 0.02
 _BUCKETS: list[int] = sorted({*range(1, 17), *(2**k for k in range(5, 24)), *(3 * 2 ** (k - 1) for k in range(4, 24))})
 _MAX_COPIES = 64
+_MAX_COPIES_ON_GPU = 1024  # its L2 cache holds 64 of a small model's
 _RACE_SECONDS = 15.0
 _MEMORY_SHARE = 0.5  # of what is available, for the copies of a race on CPU; one of each in any case
 _PASSING = ("OutOfMemory", "MemoryError", "allocate memory", "Inductor", "CompileError")  # in notes of what may pass
@@ -199,7 +200,8 @@ def candidate_digest(candidate: Candidate) -> str:
 
 
 def _fingerprint(shape: Shape, contender: Contender, environment: Mapping[str, Any], between: int) -> dict[str, Any]:
-    timer = {"margin": MARGIN, "max_copies": _MAX_COPIES, "version": 2}
+    most = _MAX_COPIES_ON_GPU if shape.device == "cuda" else _MAX_COPIES
+    timer = {"margin": MARGIN, "max_copies": most, "version": 2}
     return {
         "environment": dict(environment),
         "shape": {key: value for key, value in asdict(shape).items() if key != "parts" or value},
@@ -407,7 +409,7 @@ def copies_on_gpu(weight_bytes: int) -> int:
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     wanted, affordable = math.ceil(3 * cache / (weight_bytes / 4)), int(free / 4 / (weight_bytes * _LAYOUTS))
-    return max(1, min(_MAX_COPIES, wanted, affordable))
+    return max(1, min(_MAX_COPIES_ON_GPU, wanted, affordable))
 
 
 def bytes_between(model_bytes: int | None) -> int:

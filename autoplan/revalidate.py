@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from autoplan import benchmark, fusion, kernels, options, validate
@@ -59,9 +61,11 @@ def revalidate(
     root = unwrap(model)
     refuse_planned(root)
     check_match(root, plan, "check")
-    if device_of_model(root).type == "meta":
+    device = device_of_model(root)
+    if device.type == "meta":
         raise PlanMismatchError("the model is on the meta device, where nothing can be timed: load its weights first")
-    with shown(progress) as told:
+    where = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # where kernels and clocks run
+    with shown(progress) as told, where:
         return _Revalidation(plan, root, resolve(cache), told, seed).run(inputs, output, began)
 
 

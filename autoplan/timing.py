@@ -27,6 +27,8 @@ from autoplan.errors import KernelError
 
 # Calls are timed in batches that last about so long: on a GPU, the gap before the first launch must be lost in it.
 BATCH_US = {"cpu": 50.0, "cuda": 1000.0}
+# Those of a whole model: on a GPU, the Python of all calls but the first has to run while it computes.
+MODEL_BATCH_US = {"cpu": 50.0, "cuda": 20_000.0}
 timings_made = 0  # samples timed by this process; tests read it to show that replaying a plan times nothing
 
 _Result = TypeVar("_Result")

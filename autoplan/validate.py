@@ -372,7 +372,7 @@ def _compared(
     for _ in range(_GPU_WARM_UPS if device == "cuda" else 1):
         for call_ in calls.values():
             call_()
-    clock, batch_us = timing.clock_of(device), timing.BATCH_US.get(device, timing.BATCH_US["cpu"])
+    clock, batch_us = timing.clock_of(device), timing.MODEL_BATCH_US.get(device, timing.BATCH_US["cpu"])
     rounds = _affordable_rounds(calls.values(), seconds, clock)
     results = timing.compare(calls, baseline=baseline, max_rounds=rounds, min_batch_us=batch_us, seed=seed, clock=clock)
     if rounds < _MAX_ROUNDS and decisive and results[decisive].ratio_low <= 1 <= results[decisive].ratio_high:

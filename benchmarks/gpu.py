@@ -178,15 +178,22 @@ class Trial:
 
 
 def trials(bench: Bench) -> list[Trial]:
-    """Every kernel and config that will be timed, once, at the first of its cases; kernels also as they are, biased."""
-    found: dict[tuple[str, str, bool], Trial] = {}
+    """Every kernel and config that will be timed, at the fewest and the most rows of its cases; kernels also biased.
+
+    Of in_features the most, as errors grow with these.
+    """
+    cases: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for size, rows in bench.cases:
         for contender in itertools.chain.from_iterable(bench.wanted(size, rows).values()):
-            candidate, kernel = contender.candidate.name, contender.kernel.name
-            base = kernel.partition("@")[0]
-            found.setdefault((candidate, kernel, False), Trial(candidate, kernel, size[1], min(rows, _CHECK_ROWS)))
-            found.setdefault((candidate, base, True), Trial(candidate, base, size[1], 3, has_bias=True))
-    return list(found.values())
+            own = cases.setdefault((contender.candidate.name, contender.kernel.name), [])
+            own.append((size[1], min(rows, _CHECK_ROWS)))
+    found: dict[Trial, None] = {}
+    for (candidate, kernel), own in cases.items():
+        most, rows = max(k for k, _ in own), [rows for _, rows in own]
+        for some in (min(rows), max(rows)):
+            found[Trial(candidate, kernel, most, some)] = None
+        found[Trial(candidate, kernel.partition("@")[0], most, 3, has_bias=True)] = None
+    return list(found)
 
 
 def compile_ahead(wanted: Sequence[Trial], jobs: int) -> None:

@@ -41,9 +41,10 @@ def quantize_int4(weight: Tensor, group_size: int) -> Canonical:
 
     The range of each group is shrunk by the ratio in 1.00, 0.98 ... 0.50 that gives the least squared error
     (clip search, as in AWQ, https://arxiv.org/abs/2306.00978, section 3), of the codes that suit the rounded scale: a
-    float32 one would be no better. Rows are handled in slices, so the float32 scratch stays in the caches.
+    float32 one would be no better. Rows are handled in slices, so the float32 scratch stays in a CPU's caches.
     """
-    rows_a_slice = max(1, (1 << 18) // max(weight.shape[1], 1))
+    slice_size = 1 << (24 if weight.is_cuda else 18)  # a GPU would wait for launches, on small ones
+    rows_a_slice = max(1, slice_size // max(weight.shape[1], 1))
     parts = [_quantize_int4(part, group_size) for part in weight.detach().split(rows_a_slice)]
     codes, scale, zero_point = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return {"codes": pack_nibbles(codes), "scale": scale, "zero_point": zero_point}

@@ -287,7 +287,7 @@ def test_on_a_gpu_arms_of_one_layout_share_the_copies_of_the_weight(monkeypatch:
 
 @pytest.mark.parametrize(
     ("weight_mib", "free_gib", "copies"),
-    [(32, 100, 23), (8, 100, 64), (1002, 100, 1), (32, 1, 1), (32, 10, 13)],
+    [(32, 100, 23), (8, 100, 90), (1002, 100, 1), (32, 1, 1), (32, 10, 13)],
 )
 def test_copies_overflow_l2_and_fit_into_memory(
     monkeypatch: pytest.MonkeyPatch, weight_mib: int, free_gib: int, copies: int

@@ -216,7 +216,7 @@ def compared(calls: Mapping[str, Callable[[], object]], arguments: argparse.Name
         calls,
         baseline="bf16",
         max_seconds=0.2 if arguments.small else _SECONDS,
-        min_batch_us=timing.BATCH_US[arguments.device],
+        min_batch_us=timing.MODEL_BATCH_US[arguments.device],
         clock=timing.clock_of(arguments.device),
         seed=arguments.seed,
     )

@@ -70,6 +70,9 @@ def submit(launch: Launch, device: torch.device) -> None:
     return None
 
 
+MOST_SPLIT_ROWS = 128  # that split-K is for: its workspace grows with them, and their tiles fill the GPU alone
+
+
 @dataclass(frozen=True, eq=False)
 class TritonKernel:
     """One kernel: what it supports, its space of tile sizes, what a weight costs it, and its launches."""
@@ -114,6 +117,8 @@ class TritonKernel:
         return self._run(self.ranked(problem_of(spec, x.shape[0]))[0], x, packed, bias, dtype)
 
     def _run(self, config: Config, x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if config.get("SK", 1) > 1 and x.shape[0] > MOST_SPLIT_ROWS:  # planned for few rows, and called with many
+            return self.run(x, packed, bias, dtype)
         call = self.call(x, packed, bias, dtype)
         for launch in self.launches(call, config):
             submit(launch, x.device)

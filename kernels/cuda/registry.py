@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from autoplan.kernels.cuda.launch import TritonKernel, register_triton_kernel
+from autoplan.kernels.cuda.launch import MOST_SPLIT_ROWS, TritonKernel, register_triton_kernel
 from autoplan.kernels.cuda.layouts import CHUNK, CODES, WORDS
 from autoplan.kernels.cuda.space import Config, Cost, Problem, Space
 
@@ -28,7 +28,7 @@ def _low_enough(problem: Problem, config: Config) -> bool:
 def _split_pays(problem: Problem, config: Config, step: int = 0) -> bool:
     """Split-K only at few rows, whose tiles leave processors idle, and with two steps at least for each program."""
     split = config["SK"]
-    return split == 1 or (problem.m <= 128 and problem.k >= 2 * split * config.get("BK", step))
+    return split == 1 or (problem.m <= MOST_SPLIT_ROWS and problem.k >= 2 * split * config.get("BK", step))
 
 
 def _w8_gemv(problem: Problem, config: Config) -> bool:
@@ -55,14 +55,13 @@ def _a8w8_gemm(problem: Problem, config: Config) -> bool:
 
 
 def _w4_gemm(problem: Problem, config: Config) -> bool:
-    # Each warp takes 32 features: with fewer, the loads of x outweigh the weights. SW, for wgmma, needs four warps, and
-    # pays from 32 rows on.
+    # Each warp takes 32 features: with fewer, the loads of x outweigh the weights.
+    # On 9.0 wgmma could take the unpacked weight from registers, in the transposed product; but compilers were seen
+    # to overwrite these too early (https://github.com/triton-lang/triton/issues/9433, and ptxas before CUDA 13.3).
     bm, warps = config["BM"], config["w"]
-    swap = problem.capability == (9, 0) and bm >= 32 and warps == 4
     return (
         config["BN"] == 32 * warps
-        and config["SW"] == swap
-        and (bm < 64 or swap or warps == 1)
+        and (bm < 64 or warps == 1)
         and _low_enough(problem, config)
         and _split_pays(problem, config, CHUNK)
     )
@@ -156,7 +155,7 @@ register_triton_kernel(
         weight="int4",
         source="w4.gemm_small",
         layout=WORDS,
-        space=Space(BM=(16, 32, 64), BN=(32, 64, 128), SK=(1, 2, 4, 8), SW=(0, 1), w=(1, 2, 4), s=(3, 4, 5)),
+        space=Space(BM=(16, 32, 64), BN=(32, 64, 128), SK=(1, 2, 4, 8), w=(1, 2, 4), s=(3, 4, 5)),
         cost=Cost(weight_bits=4, accumulators=2, step=CHUNK, instructions=_w4_instructions),
         fits=_w4_gemm,
         most_rows=128,

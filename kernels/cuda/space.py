@@ -59,8 +59,7 @@ class Space:
     """All combinations of the values on its axes.
 
     BM, BN, BK: rows, output features and input features of a tile; SK: programs that share out a tile's input features
-    (split-K); SW: 1 to compute the transposed product, whose weight operand tensor cores take from registers; w: warps;
-    s: stages of the loads' pipeline.
+    (split-K); w: warps; s: stages of the loads' pipeline.
     """
 
     def __init__(self, **axes: Iterable[int]) -> None:
@@ -101,7 +100,7 @@ class Cost:
     def block_bytes(self, config: Config) -> int:
         """Shared memory of a block whose loads are pipelined: `s` tiles of activations and of weights."""
         bm, bn, bk = config.get("BM", 0), config["BN"], config.get("BK", self.step)
-        from_shared = bm >= 64 and not config.get("SW", 0)  # wgmma reads its second operand there, unpacked
+        from_shared = bm >= 64  # wgmma reads its second operand there, unpacked
         unpacked = bk * bn * self.operand_bits if from_shared else 0
         return (config["s"] * bk * (bm * self.activation_bits + bn * self.weight_bits) + unpacked) // 8
 

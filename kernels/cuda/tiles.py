@@ -76,8 +76,8 @@ def add_parts(
     parts_ptr, row_scale_ptr, scale_ptr, bias_ptr, y_ptr, M, N, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
     """y = the sum of parts [SPLIT, M, N] in the order of splits, scaled and with bias."""
-    rows = tl.program_id(1) * BM + tl.arange(0, BM)
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     places = rows.to(tl.int64)[:, None] * N + columns[None, :]
     sums = tl.zeros((BM, BN), tl.float32)
@@ -103,7 +103,7 @@ def adding_up(call: Call, parts: Tensor, row_scales: Tensor | None, scale: Tenso
     block_rows, block_columns = 4, 256
     return Launch(
         function=add_parts,
-        grid=(triton.cdiv(n, block_columns), triton.cdiv(m, block_rows)),
+        grid=(triton.cdiv(m, block_rows), triton.cdiv(n, block_columns)),  # only the first may exceed 65,535
         arguments={
             "parts_ptr": parts,
             "row_scale_ptr": row_scales,

@@ -99,13 +99,9 @@ def unpack(words, zero, FIRST: tl.constexpr, COUNT: tl.constexpr, FLOAT: tl.cons
 @triton.jit(do_not_specialize=["M"])
 def gemm_small_rows(
     x_ptr, words_ptr, scales_ptr, bias_ptr, y_ptr, M, N, K,
-    G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, EVEN: tl.constexpr,
+    G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y; program_id(1) takes every SPLIT-th chunk of 128 in-features. For the layout see `layouts`.
-
-    SWAP computes the tile transposed, W x^T: the unpacked weight is then the operand that wgmma (compute capability
-    9.0) takes from registers, where otherwise it would have to go through shared memory.
-    """
+    """One tile of y; program_id(1) takes every SPLIT-th chunk of 128 in-features. For the layout see `layouts`."""
     PARTS: tl.constexpr = _CHUNK // G  # groups in a chunk
     SLOTS: tl.constexpr = _SLOTS // PARTS  # slots in a group
     FLOAT: tl.constexpr = x_ptr.dtype.element_ty
@@ -115,14 +111,9 @@ def gemm_small_rows(
     x_rows = x_ptr + tl.minimum(rows, M - 1).to(tl.int64) * K + part * _CHUNK
     word_rows = words_ptr + part.to(tl.int64) * N * _SLOT + n * _SLOT
     scale_ptrs = scales_ptr + part * PARTS * N + n
-    if SWAP:
-        x_ptrs, word_ptrs = x_rows[None, :] + j[:, None], word_rows[:, None] + j[None, :]
-        scale_ptrs = scale_ptrs[:, None]
-        sums = tl.zeros((BN, BM), tl.float32)
-    else:
-        x_ptrs, word_ptrs = x_rows[:, None] + j[None, :], word_rows[None, :] + j[:, None]
-        scale_ptrs = scale_ptrs[None, :]
-        sums = tl.zeros((BM, BN), tl.float32)
+    x_ptrs, word_ptrs = x_rows[:, None] + j[None, :], word_rows[None, :] + j[:, None]
+    scale_ptrs = scale_ptrs[None, :]
+    sums = tl.zeros((BM, BN), tl.float32)
     for start in range(part * _CHUNK, K, SPLIT * _CHUNK):
         words = tl.load(word_ptrs, eviction_policy="evict_first")
         for group in tl.static_range(PARTS):
@@ -135,17 +126,12 @@ def gemm_small_rows(
                     x = tl.load(x_ptrs + k)
                 else:
                     inside = start + k + j < K
-                    x = tl.load(x_ptrs + k, mask=inside[:, None] if SWAP else inside[None, :], other=0.0)
-                if SWAP:
-                    group_sums = tl.dot(weights[slot], x, group_sums)
-                else:
-                    group_sums = tl.dot(x, weights[slot], group_sums)
+                    x = tl.load(x_ptrs + k, mask=inside[None, :], other=0.0)
+                group_sums = tl.dot(x, weights[slot], group_sums)
             sums += group_sums * scales.to(tl.float32, bitcast=True)  # the zero point in it weighs 2^-19 at most
         x_ptrs += SPLIT * _CHUNK
         word_ptrs += SPLIT * N * _SLOT
         scale_ptrs += SPLIT * PARTS * N
-    if SWAP:
-        sums = tl.trans(sums)
     write_tile(sums, None, None, bias_ptr, y_ptr, rows, columns, part, M, N, SPLIT > 1)
 
 
@@ -173,7 +159,6 @@ def gemm_small(call: Call, config: Config) -> Iterator[Launch]:
             "BM": bm,
             "BN": bn,
             "SPLIT": split,
-            "SWAP": bool(config["SW"]),
             "EVEN": k % CHUNK == 0,
         },
         warps=config["w"],

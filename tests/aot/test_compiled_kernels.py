@@ -86,7 +86,7 @@ def check(case: Case) -> None:
     assert main.shared_bytes <= kernel.cost.block_bytes(config) + 4096, "the model of shared memory is off"
     assert main.loads_16_bytes, "weights are not loaded 16 bytes at a time"
     assert main.instructions_per_weight <= kernel.cost.instructions(problem, config)
-    tall = config.get("BM", 1) >= 64 or config.get("SW", 0)
+    tall = config.get("BM", 1) >= 64
     if case.architecture == 90 and tall:
         assert main.contains(WGMMA.get(case.kernel, "HGMMA"))
 

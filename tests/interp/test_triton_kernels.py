@@ -96,8 +96,6 @@ def representative(kernel: TritonKernel) -> list[Config]:
     for axis, values in axes.items():
         others = values[1:2] if axis == "SK" else values[1:]
         found += [smallest | {axis: value} for value in others]
-    if "SK" in axes and "SW" in axes:
-        found.append(smallest | {"SK": 2, "SW": 1})
     return [Config(tuple(values.items())) for values in found]
 
 

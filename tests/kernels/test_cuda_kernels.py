@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autoplan.candidates import registered
 from autoplan.errors import KernelError
 from autoplan.kernels import LinearSpec, find_kernel, ops, packing
-from autoplan.kernels.cuda import layouts, library, seeds
+from autoplan.kernels.cuda import launch, layouts, library, seeds, tiles
 from autoplan.kernels.cuda.gpus import gpu_of
 from autoplan.kernels.cuda.launch import problem_of, quantized, triton_kernels
 
@@ -109,8 +109,8 @@ def test_the_model_prefers_what_a_gpu_needs() -> None:
     assert first("w8_gemm_small_int8", 14336, 4)["BM"] == 16
 
 
-@pytest.mark.parametrize("config", ["", "BM16", "BM16.BN64.SK1.SW0.w2.s4.", "BM16.BN65.SK1.SW0.w2.s4",
-                                    "BN64.BM16.SK1.SW0.w2.s4", "BM16,BN64", "warp"])  # fmt: skip
+@pytest.mark.parametrize("config", ["", "BM16", "BM16.BN64.SK1.w2.s4.", "BM16.BN65.SK1.w2.s4",
+                                    "BN64.BM16.SK1.w2.s4", "BM16,BN64", "warp"])  # fmt: skip
 def test_what_writes_no_tile_sizes_is_refused(config: str) -> None:
     with pytest.raises(KernelError, match=r"writes no tile sizes of this kernel; they are, in this order, BM 16\|32"):
         KERNELS["w4_gemm_small"].configured(config)
@@ -123,12 +123,12 @@ def test_the_seed_table_comes_first_and_is_written_and_read(tmp_path: Path, monk
     kernel = KERNELS["w4_gemm_small"]
     problem = problem_of(spec(kernel.name), 5)
     guessed = [str(config) for config in kernel.ranked(problem)]
-    unlikely = "BM16.BN32.SK2.SW0.w1.s3"
+    unlikely = "BM16.BN32.SK2.w1.s3"
     assert problem.m == 8
     assert unlikely != guessed[0]
 
     path = tmp_path / "seeds.json"
-    seeds.write(path, [seeds.entry("sm_90", kernel.name, problem, ["BM16.BN128.SK1.SW0.w4.s4"])])
+    seeds.write(path, [seeds.entry("sm_90", kernel.name, problem, ["BM16.BN128.SK1.w4.s4"])])
     seeds.write(path, [seeds.entry("NVIDIA H200", kernel.name, problem, [unlikely, "of another version"])])
     seeds.write(path, [seeds.entry("sm_90", kernel.name, problem, [guessed[1]])])
     table = seeds.read(path.read_text())
@@ -138,8 +138,6 @@ def test_the_seed_table_comes_first_and_is_written_and_read(tmp_path: Path, monk
     assert len(json.loads(path.read_text())["entries"]) == 2
 
     monkeypatch.setattr(seeds, "_shipped", lambda: table)
-    from autoplan.kernels.cuda import launch
-
     launch._ranked.cache_clear()
     assert str(kernel.ranked(problem)[0]) == guessed[1]
     monkeypatch.setattr(launch, "gpu_name", lambda problem: "NVIDIA H200")
@@ -245,3 +243,29 @@ def test_naming_kernels_and_variants_does_not_import_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# Launches.
+
+
+def test_split_k_is_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer planned for decoding is called with a prompt: its workspace would take gigabytes."""
+    made: list[launch.Launch] = []
+    monkeypatch.setattr(launch, "submit", lambda one, device: made.append(one))
+    kernel = KERNELS["w4_gemm_small"]
+    config = next(str(config) for config in kernel.space if config["SK"] == 4)
+    packed = kernel.layout.pack(packing.quantize_int4(torch.randn(64, 1024), 128))
+    for rows, split in ((launch.MOST_SPLIT_ROWS, 4), (launch.MOST_SPLIT_ROWS + 1, 1)):
+        made.clear()
+        kernel.configured(config)(torch.randn(rows, 1024).bfloat16(), packed, None, torch.bfloat16)
+        assert made[0].constants["SPLIT"] == split
+        assert len(made) == (1 if split == 1 else 2)
+
+
+def test_grids_have_room_for_any_number_of_rows() -> None:
+    rows = 1_000_000
+    x, y = torch.empty(rows, 64, device="meta"), torch.empty(rows, 4096, device="meta")
+    parts = torch.empty(1, rows, 4096, device="meta")
+    columns, *others = reversed(tiles.adding_up(launch.Call(x, (), None, y), parts, None, None).grid)
+    assert columns <= 65_535
+    assert others == [rows // 4]
