@@ -160,7 +160,8 @@ class Arms:
             for i in itertools.count():
                 if i == len(pool):
                     opaque = not pool or any(tensor.is_mkldnn for tensor in pool[0])  # which cannot be cloned
-                    pool.append(pages.settle(self._pack(part) if opaque else [t.clone() for t in pool[0]]))
+                    copy = self._pack(part) if opaque else [tensor.clone() for tensor in pool[0]]
+                    pool.append(pages.settle(copy, least=pages.HUGE))  # smaller ones share pages with plain weights
                 yield pool[i]
 
         return copies()

@@ -331,12 +331,16 @@ def writer(
     return write
 
 
+# Each layer asks at each call: looking these up in torch would take a tenth of a microsecond.
+_grad_enabled, _compiling = torch.is_grad_enabled, torch.compiler.is_compiling
+_modes, _traced = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+
+
 def call_linear(
     x: Tensor, packed: Packed, bias: Tensor | None, program: str, out_features: int, dtype: torch.dtype
 ) -> Tensor:
     """`autoplan::linear`, without the 20 us that calling an op takes where no gradient and no tracing needs one."""
-    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
-    if watched or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+    if _grad_enabled() or _compiling() or type(x) is not Tensor or _modes() or _traced() is not None:
         y: Tensor = torch.ops.autoplan.linear(x, packed, bias, program, out_features, dtype, "none", [], [], None)
         return y
     return run_linear(x, packed, bias, program, out_features, dtype)

@@ -22,15 +22,15 @@ _COLLAPSE = 25  # MADV_COLLAPSE of linux/mman.h: make one page of these now, mov
 Tensors = TypeVar("Tensors", bound=Sequence[Tensor])
 
 
-def settle(tensors: Tensors) -> Tensors:
-    """The same tensors, where they are; those on the CPU in pages of 2 MiB as far as the system grants them.
+def settle(tensors: Tensors, least: int = WORTH) -> Tensors:
+    """The same tensors, where they are; those of `least` bytes on the CPU in pages of 2 MiB, if the system grants them.
 
     What lies beside them in those pages is moved as well, and pages that had not been touched yet are taken.
     """
     if (collapse := _collapse()) is None:
         return tensors
     for tensor in tensors:
-        if type(tensor) is Tensor and tensor.device.type == "cpu" and not tensor.is_mkldnn and tensor.nbytes >= WORTH:
+        if type(tensor) is Tensor and tensor.device.type == "cpu" and not tensor.is_mkldnn and tensor.nbytes >= least:
             start = tensor.data_ptr()
             for page in range(start // HUGE * HUGE, start + tensor.nbytes, HUGE):
                 collapse(page, HUGE, _COLLAPSE)  # one by one: an end may share its page with no memory, and fail
