@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _MODEL = "a folder with a transformers model, or module:function, called without arguments for a model"
-_NO_FOLDERS = (".bin", ".pt", ".pth", ".ckpt", ".json", ".pkl")  # nobody means a folder by a name that ends so
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+_NO_FOLDERS = (*_WEIGHTS[1:], ".json", ".pkl")  # nobody means a folder by a name that ends so
 
 AddCommand = Callable[[Any, str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
 

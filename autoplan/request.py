@@ -193,7 +193,12 @@ class Request:
         }
 
     def _lacking(self, device: str) -> list[str]:
-        """The kernels of the candidates that this machine lacks something for, such as a compiler."""
+        """The kernels of the candidates that a CPU's machine lacks something for, such as a compiler.
+
+        What a GPU's need is in the environment; and looking would compile them all, where a plan may be known already.
+        """
+        if device != "cpu":
+            return []
         kernels = {name: find_kernel(name) for candidate in self.chosen_candidates() for name in candidate.kernels}
         return sorted(name for name, kernel in kernels.items() if device in kernel.devices and kernel.lacks())
 

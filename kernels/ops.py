@@ -115,7 +115,7 @@ class Pair(NamedTuple):
 class Kernel:
     """One implementation of a linear layer: how it holds the weight, and how it runs.
 
-    `run(x, packed, bias, dtype)` takes contiguous `x` [rows, in_features], rows >= 1, and returns a fresh
+    `run(x, packed, bias, dtype)` takes contiguous `x` [rows, in_features], rows >= 1, and `bias`, and returns a fresh
     [rows, out_features] of `dtype`. `inline`, where a kernel has it, computes the same in torch ops that Inductor may
     fuse with their neighbours (the matrix product itself stays a custom op), for compiled graphs; all else runs whole
     behind the op `autoplan::linear`.
@@ -413,7 +413,7 @@ def _pair(
 ) -> Tensor:
     out = x.new_empty((x.shape[0], out_features))
     bias_dtypes = (None if bias is None else bias.dtype, None if then_bias is None else then_bias.dtype)
-    biases = [tensor.contiguous() for tensor in (bias, then_bias) if tensor is not None]
+    biases = [tensor for tensor in (bias, then_bias) if tensor is not None]
     pair_writer(kernel, x.dtype, activation, bias_dtypes, None, eps)(x, packed, then, *biases, *norm, out=out)
     return out
 

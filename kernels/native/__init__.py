@@ -257,7 +257,6 @@ def _register(
 
     def run(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         out = x.new_empty((x.shape[0], _sizes(packed)[0]), dtype=dtype)
-        bias = None if bias is None else bias.contiguous()
         into(dtype, None if bias is None else bias.dtype, "none")(x.to(dtype), *packed, bias, out=out)
         return out
 
