@@ -31,7 +31,7 @@ from workbench.peers import nbytes
 from autoplan import demo, kernels, record
 from autoplan.cache import fingerprint
 from autoplan.kernels import packing
-from autoplan.kernels.native import quantize_int4_fast
+from autoplan.kernels.native import quantize_grouped_fast
 
 GROUPS = (32, 64, 128)
 Quantized = tuple[Tensor, int]  # the weight that is stood for [out, in], and the bytes that stand for it
@@ -104,7 +104,7 @@ def on_line(at: float, points: Sequence[tuple[float, float]]) -> float:
 
 
 def autoplan(linear: nn.Linear, group_size: int) -> Quantized:
-    canonical = quantize_int4_fast(linear.weight, group_size)
+    canonical = quantize_grouped_fast(linear.weight, group_size)
     return packing.dequantize(canonical, torch.float32), packing.nbytes(list(canonical.values()))
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoplan.kernels import ops
-from autoplan.kernels.packing import Canonical, dequantize, quantize_int4, quantize_per_channel, unpack_nibbles
+from autoplan.kernels.packing import Canonical, dequantize, quantize_grouped, quantize_per_channel, unpack_nibbles
 from autoplan.kernels.reference import linear_float64, relative_error
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -301,7 +301,7 @@ ops.register_kernel(
             unpack=lambda packed: {"codes": packed[2], "scale": packed[3], "zero_point": packed[4]},
         ),
         supports=lambda spec: _multiple(spec, in_features=spec.group_size or 32, out_features=16),
-        probe=_probe("int4pack", lambda weight: quantize_int4(weight, 32), in_features=96, out_features=48),
+        probe=_probe("int4pack", lambda weight: quantize_grouped(weight, 32), in_features=96, out_features=48),
         run=_int4pack,
         most_rows=512,
     )

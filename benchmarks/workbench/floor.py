@@ -19,6 +19,7 @@ import torch
 
 from autoplan.benchmark import last_level_cache_bytes
 from autoplan.candidates import Candidate
+from autoplan.candidates.grouped import Grouped
 from autoplan.errors import KernelError
 from autoplan.kernels.native import build
 from autoplan.records import LayerProfile
@@ -45,8 +46,8 @@ def floor_us(candidate: Candidate, profile: LayerProfile, rates: Rates) -> float
     """
     call, weights = profile.calls[0], profile.out_features * profile.in_features
     item = getattr(torch, call.dtype).itemsize
-    if candidate.group_size:
-        weight_bytes = weights / 2 + 3 * weights / candidate.group_size  # a scale of two bytes, a zero point of one
+    if isinstance(candidate, Grouped):
+        weight_bytes = weights * (candidate.bits / 8 + 3 / candidate.group_size)  # a scale of two bytes, a zero point
     elif candidate.name.startswith(("int8", "fp8")):
         weight_bytes = weights + 4 * profile.out_features
     else:

@@ -24,7 +24,7 @@ from autoplan.kernels import ops
 from autoplan.kernels.cuda import seeds
 from autoplan.kernels.cuda.layouts import sizes
 from autoplan.kernels.cuda.space import Config, Cost, Problem, Space
-from autoplan.kernels.packing import Canonical, quantize_int4, quantize_per_channel
+from autoplan.kernels.packing import Canonical, quantize_grouped, quantize_per_channel
 from autoplan.kernels.reference import linear_float64, relative_error
 
 MOST_VARIANTS = 6  # how many configurations a kernel names for one problem: no more are worth compiling
@@ -203,7 +203,7 @@ def unsupported(weight: str, spec: ops.LinearSpec, quantizes_activations: bool =
 def quantized(weight: str, values: Tensor, group_size: int | None = None) -> Canonical:
     """The canonical weight of kind "int8", "fp8" or "int4" for `values` [n, k]: what probes and tests run."""
     if weight == "int4":
-        return quantize_int4(values, group_size or 32)
+        return quantize_grouped(values, group_size or 32)
     return quantize_per_channel(values, torch.int8 if weight == "int8" else torch.float8_e4m3fn)
 
 

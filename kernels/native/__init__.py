@@ -1,6 +1,6 @@
 """CPU kernels of our own, in C++ with AVX-512 and AMX, where torch's leave much of the machine unused.
 
-int8 weights lie in tiles (see product.h), one layout for both kernels that run them; int4 weights in lines.
+int8 weights lie in tiles (see product.h), one layout for both kernels that run them; weights in groups in lines.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from torch import Tensor
 from autoplan.errors import KernelError
 from autoplan.kernels import ops
 from autoplan.kernels.native.build import library
-from autoplan.kernels.packing import CLIP_RATIOS, Canonical, quantize_int4, quantize_per_channel
+from autoplan.kernels.packing import (
+    CLIP_RATIOS,
+    Canonical,
+    quantize_grouped,
+    quantize_per_channel,
+)
 from autoplan.kernels.reference import linear_float64, relative_error
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of simd.h
@@ -26,10 +31,11 @@ _ACTIVATIONS = {name: code for code, name in enumerate(ops.ACTIVATIONS)}  # enum
 # Layouts: one tensor of bytes, as `struct Packed` of product.h says. So a call passes one address for a whole weight,
 # and a compiled model has one tensor a layer to check and hand on.
 
-_ALIGNMENT = 64  # bytes; so many take the header: out_features, in_features, group_size, and where the parts begin
+_ALIGNMENT = 64  # bytes; so many take the header: out_features, in_features, group_size, bits; where the parts begin
+_SIZES_END = 32
 
 
-def _join(sizes: tuple[int, int, int], *parts: Tensor) -> tuple[Tensor]:
+def _join(sizes: tuple[int, int, int, int], *parts: Tensor) -> tuple[Tensor]:
     """A header and these parts, in one tensor."""
     begins, end = [], _ALIGNMENT
     for part in parts:
@@ -42,14 +48,14 @@ def _join(sizes: tuple[int, int, int], *parts: Tensor) -> tuple[Tensor]:
     return (joined,)
 
 
-def _sizes(packed: ops.Packed) -> tuple[int, int, int]:
-    out_features, in_features, group_size = packed[0][:24].view(torch.int64).tolist()
-    return out_features, in_features, group_size
+def _sizes(packed: ops.Packed) -> tuple[int, int, int, int]:
+    out_features, in_features, group_size, bits = packed[0][:_SIZES_END].view(torch.int64).tolist()
+    return out_features, in_features, group_size, bits
 
 
 def _part(packed: ops.Packed, place: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A part that has been joined: a view."""
-    begin = int(packed[0][24:_ALIGNMENT].view(torch.int64)[place])
+    begin = int(packed[0][_SIZES_END:_ALIGNMENT].view(torch.int64)[place])
     return packed[0][begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
@@ -71,29 +77,44 @@ def _pack_int8(canonical: Canonical) -> tuple[Tensor, ...]:
     padded = _padded(codes, 64)
     tiles = padded.view(padded.shape[0] // 16, 16, padded.shape[1] // 64, 16, 4).permute(0, 2, 3, 1, 4)
     start = codes.sum(dim=1, dtype=torch.int32).mul_(-128)  # what unsigned activations are too large by
-    return _join((*codes.shape, codes.shape[1]), tiles, _padded(scale[:, None], 1), _padded(start[:, None], 1))
+    return _join((*codes.shape, codes.shape[1], 8), tiles, _padded(scale[:, None], 1), _padded(start[:, None], 1))
 
 
 def _unpack_int8(packed: ops.Packed) -> Canonical:
-    out_features, in_features, _ = _sizes(packed)
+    out_features, in_features, *_ = _sizes(packed)
     columns, steps = _round_up(out_features, 32) // 16, _round_up(in_features, 64) // 64
     tiles = _part(packed, 0, (columns, steps, 16, 16, 4), torch.int8)
     codes = tiles.permute(0, 3, 1, 2, 4).reshape(columns * 16, steps * 64)[:out_features, :in_features]
     return {"codes": codes.contiguous(), "scale": _part(packed, 1, (out_features,), torch.float32).clone()}
 
 
-def _pack_int4(canonical: Canonical) -> tuple[Tensor, ...]:
-    """Bytes [out / 16, in / 8, 16, 4]: eight codes of each of 16 channels, side by side, the first in the low half.
+def _pack_grouped(canonical: Canonical) -> tuple[Tensor, ...]:
+    """Lines [out / 16, in / 8, 16, 4]: eight codes of each of 16 channels, side by side, the first in the low half.
 
-    Beside the scales of groups, one for each channel: that of int8 codes that hold whatever its int4 codes stand for.
+    Of codes of more than 4 bits these are the lowest; after every four lines comes one for each upper bit: bit 2 i + h
+    of its byte j belongs to half h of byte j of the i-th. Beside the scales of groups, one for each channel: that of
+    int8 codes that hold whatever its codes stand for.
     """
     codes, scale, zero_point = canonical["codes"], canonical["scale"], canonical["zero_point"]
     padded = _padded(codes, 4)
-    lines = padded.view(padded.shape[0] // 16, 16, padded.shape[1] // 4, 4).transpose(1, 2)
-    sizes = (codes.shape[0], 2 * codes.shape[1], 2 * codes.shape[1] // scale.shape[1])
-    largest = torch.maximum(zero_point, 15 - zero_point) * scale.float()  # of a group's
+    lines, bits = padded.view(padded.shape[0] // 16, 16, padded.shape[1] // 4, 4).transpose(1, 2), 4
+    if "upper_bits" in canonical:
+        upper = _swapped(canonical["upper_bits"])
+        bits += upper.shape[1]
+        upper = _padded(upper.flatten(1), 1).view(lines.shape[0], 16, bits - 4, -1, 4).permute(0, 3, 2, 1, 4)
+        lines = torch.cat((lines.unflatten(1, (-1, 4)), upper), dim=2)
+    sizes = (codes.shape[0], 2 * codes.shape[1], 2 * codes.shape[1] // scale.shape[1], bits)
+    largest = torch.maximum(zero_point, 2**bits - 1 - zero_point) * scale.float()  # of a group's
     channel_scale = _padded((largest.amax(dim=1, keepdim=True) / 127).clamp_min_(1e-30), 1)
     return _join(sizes, lines, _columns(scale), _columns(zero_point), channel_scale)
+
+
+def _swapped(bits: Tensor) -> Tensor:
+    """Bytes [out, bits, in / 8]: of each four, bit 2 j + h of the i-th exchanged with bit 2 i + h of the j-th."""
+    pairs = torch.arange(0, 8, 2, dtype=torch.uint8, device=bits.device)
+    four = bits.unflatten(2, (-1, 4)).unsqueeze(4) >> pairs & 3
+    swapped: Tensor = (four.transpose(3, 4) << pairs).sum(dim=4, dtype=torch.uint8).flatten(2)
+    return swapped
 
 
 def _columns(values: Tensor) -> Tensor:
@@ -102,45 +123,54 @@ def _columns(values: Tensor) -> Tensor:
     return padded.view(-1, 16, padded.shape[1]).transpose(1, 2)
 
 
-def _unpack_int4(packed: ops.Packed) -> Canonical:
-    out_features, in_features, group_size = _sizes(packed)
+def _unpack_grouped(packed: ops.Packed) -> Canonical:
+    out_features, in_features, group_size, bits = _sizes(packed)
     columns, groups = _round_up(out_features, 32) // 16, in_features // group_size
-    lines = _part(packed, 0, (columns, _round_up(in_features, 8) // 8, 16, 4), torch.uint8)
-    codes = lines.transpose(1, 2).reshape(columns * 16, -1)[:out_features, : in_features // 2].contiguous()
 
-    def rows(place: int, dtype: torch.dtype) -> Tensor:
-        values = _part(packed, place, (columns, groups, 16), dtype).transpose(1, 2).reshape(columns * 16, groups)
-        return values[:out_features].clone(memory_format=torch.contiguous_format)
+    def rows(lines: Tensor, dims: int = 1) -> Tensor:
+        return lines.flatten(0, 1)[:out_features].flatten(dims).clone(memory_format=torch.contiguous_format)
 
-    return {"codes": codes, "scale": rows(1, torch.bfloat16), "zero_point": rows(2, torch.uint8)}
+    def beside(place: int, dtype: torch.dtype) -> Tensor:
+        return rows(_part(packed, place, (columns, groups, 16), dtype).transpose(1, 2))
+
+    scales = {"scale": beside(1, torch.bfloat16), "zero_point": beside(2, torch.uint8)}
+    if bits == 4:
+        lines = _part(packed, 0, (columns, _round_up(in_features, 8) // 8, 16, 4), torch.uint8)
+        return {"codes": rows(lines.transpose(1, 2))[:, : in_features // 2].contiguous(), **scales}
+    lines = _part(packed, 0, (columns, in_features // 32, bits, 16, 4), torch.uint8).permute(0, 3, 2, 1, 4)
+    codes, upper = lines.split((4, bits - 4), dim=2)
+    return {"codes": rows(codes.transpose(2, 3)), **scales, "upper_bits": _swapped(rows(upper, 2))}
 
 
 _INT8_TILES = ops.Layout("int8_tiles", 1, _pack_int8, _unpack_int8)
-_INT4_LINES = ops.Layout("int4_lines", 1, _pack_int4, _unpack_int4)
+_GROUPED_LINES = ops.Layout("grouped_lines", 1, _pack_grouped, _unpack_grouped)
 
 
 # Quantizing.
 
 
-def quantize_int4_fast(weight: Tensor, group_size: int) -> Canonical:
-    """What `packing.quantize_int4` finds, in C++ where this machine, the weight and the size of groups allow.
+def quantize_grouped_fast(weight: Tensor, group_size: int, bits: int = 4) -> Canonical:
+    """What `packing.quantize_grouped` finds, in C++ where this machine, the weight and the size of groups allow.
 
     Sums are rounded in another order, so where two ranges are equally good they may not choose the same one.
     """
     weight = weight.detach()
     plain = type(weight) is Tensor and weight.device.type == "cpu" and weight.dtype in _CODES
     if not plain or group_size % 16 or weight.shape[1] % group_size or _missing():
-        return quantize_int4(weight, group_size)
+        return quantize_grouped(weight, group_size, bits)
     weight = weight.contiguous()
     (out_features, in_features), ratios = weight.shape, weight.new_tensor(CLIP_RATIOS, dtype=torch.float64)
     codes = weight.new_empty((out_features, in_features // 2), dtype=torch.uint8)
+    upper_bits = weight.new_empty((out_features, bits - 4, in_features // 8), dtype=torch.uint8)
     scale = weight.new_empty((out_features, in_features // group_size), dtype=torch.bfloat16)
     zero_point = torch.empty_like(scale, dtype=torch.uint8)
-    library().autoplan_quantize_int4(
-        weight.data_ptr(), _CODES[weight.dtype], out_features, in_features, group_size, ratios.data_ptr(), len(ratios),
-        codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), torch.get_num_threads(),
+    library().autoplan_quantize_grouped(
+        weight.data_ptr(), _CODES[weight.dtype], out_features, in_features, group_size, bits, ratios.data_ptr(),
+        len(ratios), codes.data_ptr(), upper_bits.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
-    return {"codes": codes, "scale": scale, "zero_point": zero_point}
+    canonical = {"codes": codes, "scale": scale, "zero_point": zero_point}
+    return canonical | {"upper_bits": upper_bits} if bits > 4 else canonical
 
 
 @functools.cache
@@ -224,6 +254,7 @@ def _register(
     canonical: Callable[[Tensor], Canonical],
     pair: ops.Pair | None = None,
     most_in_features: float = math.inf,
+    group_multiple: int = 16,
 ) -> None:
     @functools.cache
     def into(
@@ -263,8 +294,8 @@ def _register(
     def supports(spec: ops.LinearSpec) -> str | None:
         if spec.dtype not in _CODES:
             return f"input dtype {spec.dtype} is not float32, bfloat16 or float16"
-        if (spec.group_size or 16) % 16:
-            return f"group size {spec.group_size} is not a multiple of 16"
+        if (spec.group_size or 0) % group_multiple:
+            return f"group size {spec.group_size} is not a multiple of {group_multiple}"
         if spec.in_features > most_in_features:
             return f"in_features {spec.in_features} is more than {most_in_features}: sums in int32 could overflow"
         return None
@@ -294,14 +325,18 @@ def _quantize_int8(weight: Tensor) -> Canonical:
     return quantize_per_channel(weight, torch.int8)
 
 
-def _quantize_int4(weight: Tensor) -> Canonical:
-    return quantize_int4(weight, 32)
+def _quantize_grouped(bits: int) -> Callable[[Tensor], Canonical]:
+    return lambda weight: quantize_grouped(weight, 32, bits)
 
 
 _INT32_SUMS = (2**31 - 1) // 127**2  # products of two int8 codes that an int32 surely holds the sum of
 _PAIR = ops.Pair(into=_pair_into, pays=_pair_pays)
 
 _register("fused_int8", _INT8_TILES, "autoplan_int8_dynamic", _quantize_int8, _PAIR, _INT32_SUMS)
-_register("fused_int4", _INT4_LINES, "autoplan_int4_dynamic", _quantize_int4, most_in_features=_INT32_SUMS)
 _register("tiled_int8", _INT8_TILES, "autoplan_int8_weight", _quantize_int8)
-_register("tiled_int4", _INT4_LINES, "autoplan_int4_weight", _quantize_int4)
+_register("tiled_int4", _GROUPED_LINES, "autoplan_int4_weight", _quantize_grouped(4))
+for _bits in (4, 5, 6):
+    _register(
+        f"fused_int{_bits}", _GROUPED_LINES, "autoplan_grouped_dynamic", _quantize_grouped(_bits),
+        most_in_features=_INT32_SUMS, group_multiple=16 if _bits == 4 else 32,
+    )  # fmt: skip

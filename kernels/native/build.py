@@ -25,13 +25,14 @@ from autoplan.errors import KernelError
 _SOURCES = ("dynamic.cpp", "weight_only.cpp", "quantize.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_KERNELS = ("autoplan_int8_dynamic", "autoplan_int4_dynamic", "autoplan_int8_weight", "autoplan_int4_weight")
+_KERNELS = ("autoplan_int8_dynamic", "autoplan_grouped_dynamic", "autoplan_int8_weight", "autoplan_int4_weight")
 # Of a kernel: a Call; x, packed, bias, out; rows, threads; what a Norm needs
 _KERNEL_TAKES = (_P, _P, _P, _P, _P, _N, _I, _P, _P, _P)
 # A Call for each of two layers; x; packed and bias of each; out; rows, threads; what a Norm needs
 _PAIR_TAKES = (_P, _P, _P, _P, _P, _P, _P, _P, _N, _I, _P, _P, _P)
-# The weight, its dtype, rows, in_features, group size; ratios and their count; codes, scale, zero point; threads
-_QUANTIZE_TAKES = (_P, _I, _N, _N, _N, _P, _N, _P, _P, _P, _I)
+# The weight, its dtype, rows, in_features, group size, bits; ratios and their count; codes, upper bits, scale, zero
+# point; threads
+_QUANTIZE_TAKES = (_P, _I, _N, _N, _N, _N, _P, _N, _P, _P, _P, _P, _I)
 
 
 @functools.cache
@@ -45,7 +46,8 @@ def library(*flags: str) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(_binary(features, flags)))
     for name, takes in {**dict.fromkeys(_KERNELS, _KERNEL_TAKES), "autoplan_int8_pair": _PAIR_TAKES}.items():
         getattr(loaded, name).argtypes = takes  # and give an int: not 0 where there was not enough memory
-    loaded.autoplan_quantize_int4.argtypes, loaded.autoplan_quantize_int4.restype = _QUANTIZE_TAKES, None
+    quantize = loaded.autoplan_quantize_grouped
+    quantize.argtypes, quantize.restype = _QUANTIZE_TAKES, None
     loaded.autoplan_cache_bytes.restype = _N
     if not loaded.autoplan_available():
         raise KernelError("the operating system does not grant the AMX tile registers")

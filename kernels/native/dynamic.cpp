@@ -1,5 +1,5 @@
-// int8 activations, int8 or int4 weights, in one call: rows quantized as they come, int32 product, scales and bias at its
-// end. int4 weights become int8 ones strip by strip, on the way.
+// int8 activations; int8 weights, or weights of 4 to 6 bits in groups: in one call, rows quantized as they come, int32
+// product, scales and bias at its end. At many rows, groups become int8 tiles strip by strip, on the way.
 #include <unistd.h>
 #include "product.h"
 
@@ -64,17 +64,44 @@ Int8Weight int8_weight(const Packed& packed) {
   return {packed.codes(), (const int32_t*)packed.offset(), strip_bytes, (const float*)packed.scale()};
 }
 
-// An int4 weight stands for scale * (code - zero_point), with a scale per group; the int8 tiles have one scale for all of
-// a channel. Rounding to these adds about as much error as int8 weights have, a hundredth of what int4 has already.
-struct Int4Weight {
+// Codes of more than four bits: four lines of the lowest ones, each two vectors of bytes, then a line for each upper bit.
+// Byte i of that has the bits of the eight bytes i, in order.
+template <int BITS>
+struct UpperBits {
+  __m512i lines[BITS];
+
+  explicit UpperBits(const char* from) {
+    for (int bit = 4; bit < BITS; bit++) lines[bit] = _mm512_loadu_si512(from + (bit - 4) * 64);
+  }
+
+  // The codes of the `vector`-th of the eight, whose lowest bits are the lowest of `codes`.
+  inline __attribute__((always_inline)) __m512i over(__m512i codes, int vector) const {
+    codes = _mm512_and_si512(codes, _mm512_set1_epi8(15));
+#pragma GCC unroll 4
+    for (int bit = 4; bit < BITS; bit++) {
+      const __m512i moved =
+          vector < bit ? _mm512_slli_epi16(lines[bit], bit - vector) : _mm512_srli_epi16(lines[bit], vector - bit);
+      codes = _mm512_ternarylogic_epi64(codes, moved, _mm512_set1_epi8((char)(1 << bit)), 0xf8);  // | (moved & third)
+    }
+    return codes;
+  }
+};
+
+// A weight in groups stands for scale * (code - zero_point), with a scale per group; the int8 tiles have one scale for all
+// of a channel. Rounding to these adds about as much error as int8 weights have, a hundredth of what int4 has already.
+template <int BITS>
+struct GroupedWeight {
   static constexpr int64_t FEW_ROWS = 8;
   static constexpr bool dealt = true;  // a line has the even codes of each eight in its low halves, the odd in its high
-  const char* lines;          // [out_features / 16, in_features / 8, 64]
+  static constexpr int64_t LINES = BITS == 4 ? 1 : 4;  // of codes; then come those of their upper bits
+  static constexpr int64_t UPPER = BITS - 4, STEP = 8 * LINES, STEP_BYTES = 64 * (LINES + UPPER);
+  const char* lines;          // [out_features / 16, in_features / STEP, STEP_BYTES]
   const void* group_scale;    // [out_features / 16, groups, 16] bfloat16
   const uint8_t* zero_point;  // the same
   int64_t in_features, group_size, strip_bytes;
   const float* scale;
 
+  int64_t column_bytes() const { return in_features / STEP * STEP_BYTES; }
   int64_t groups() const { return in_features / group_size; }
   int64_t scratch_bytes() const { return strip_bytes + STRIP * 4; }
   const char* strip(int64_t s, char* scratch, const int32_t** start) const {
@@ -87,7 +114,7 @@ struct Int4Weight {
 
  private:
   void tiles(int64_t column, char* to, int32_t* sums) const {
-    const char *line = lines + column * in_features * 8, *const end = to + strip_bytes / 2;
+    const char *line = lines + column * column_bytes(), *const end = to + strip_bytes / 2;
     const __m512 units = _mm512_div_ps(_mm512_set1_ps(256), _mm512_loadu_ps(scale + column * 16));
     [[maybe_unused]] __m512i sum = _mm512_setzero_si512();
     const auto put = [&](__m512i codes) {
@@ -97,22 +124,33 @@ struct Int4Weight {
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8((char)128), codes);
 #endif
     };
+    const __m512i mask = _mm512_set1_epi16(((1 << BITS) - 1) << 7);
     for (int64_t g = 0; g < groups(); g++) {
       // In 16-bit lanes: 2^7 (code - zero_point) times 2^8 scale, of which mulhrs gives the rounded 2^-15th.
       const int64_t at = (column * groups() + g) * 16;
       const __m512i factor = twice(_mm512_cvtps_epi32(_mm512_mul_ps(load<BFLOAT16>(group_scale, at), units)));
       const __m512i zero = _mm512_slli_epi16(twice(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(zero_point + at)))), 7);
       const auto code = [&](__m512i moved) {
-        return _mm512_mulhrs_epi16(_mm512_sub_epi16(_mm512_and_si512(moved, _mm512_set1_epi16(15 << 7)), zero), factor);
+        return _mm512_mulhrs_epi16(_mm512_sub_epi16(_mm512_and_si512(moved, mask), zero), factor);
       };
       const auto bytes = [](__m512i even, __m512i odd) {
         return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, even, _mm512_slli_epi16(odd, 8));
       };
-      for (int64_t k = 0; k < group_size; k += 8, line += 64) {
-        _mm_prefetch(line + AHEAD, _MM_HINT_T0);
-        const __m512i codes = _mm512_loadu_si512(line);
-        put(bytes(code(_mm512_slli_epi16(codes, 7)), code(_mm512_srli_epi16(codes, 1))));
-        put(bytes(code(_mm512_slli_epi16(codes, 3)), code(_mm512_srli_epi16(codes, 5))));
+      for (int64_t k = 0; k < group_size; k += STEP, line += STEP_BYTES) {
+        for (int64_t own = 0; own < STEP_BYTES; own += 64) _mm_prefetch(line + AHEAD + own, _MM_HINT_T0);
+        const UpperBits<BITS> upper(line + 64 * LINES);
+#pragma GCC unroll 4
+        for (int j = 0; j < LINES; j++) {
+          const __m512i codes = _mm512_loadu_si512(line + 64 * j);
+          if constexpr (BITS == 4) {
+            put(bytes(code(_mm512_slli_epi16(codes, 7)), code(_mm512_srli_epi16(codes, 1))));
+            put(bytes(code(_mm512_slli_epi16(codes, 3)), code(_mm512_srli_epi16(codes, 5))));
+          } else {
+            const __m512i even = upper.over(codes, 2 * j), odd = upper.over(_mm512_srli_epi16(codes, 4), 2 * j + 1);
+            put(bytes(code(_mm512_slli_epi16(even, 7)), code(_mm512_srli_epi16(even, 1))));
+            put(bytes(code(_mm512_slli_epi16(odd, 7)), code(_mm512_srli_epi16(odd, 1))));
+          }
+        }
       }
     }
     while (to < end) put(_mm512_setzero_si512());
@@ -206,30 +244,36 @@ void few(const char* x, int64_t stride, const float*, const Int8Weight& w, int64
 }
 
 // The sum over groups of scale * (sum of x * code - zero_point * sum of x), where x are codes too; `sums` are theirs.
-template <int ROWS, int STREAMS>
-void few(const char* x, int64_t stride, const float* sums, const Int4Weight& w, int64_t column, int64_t apart,
+template <int ROWS, int STREAMS, int BITS>
+void few(const char* x, int64_t stride, const float* sums, const GroupedWeight<BITS>& w, int64_t column, int64_t apart,
          __m512 (*total)[ROWS]) {
-  const int64_t groups = w.groups(), column_bytes = w.in_features * 8, later = 2 * AHEAD / w.group_size;
+  using Weight = GroupedWeight<BITS>;
+  const int64_t groups = w.groups(), column_bytes = w.column_bytes(), later = 2 * AHEAD / w.group_size;
   const char* line = w.lines + column * column_bytes;
-  const __m512i half = _mm512_set1_epi8(15);
   for (int s = 0; s < STREAMS; s++)
     for (int r = 0; r < ROWS; r++) total[s][r] = _mm512_setzero_ps();
   for (int64_t g = 0, k = 0; g < groups; g++) {
     __m512i sum[STREAMS][ROWS];
     for (int s = 0; s < STREAMS; s++)
       for (int r = 0; r < ROWS; r++) sum[s][r] = _mm512_setzero_si512();
-    for (const int64_t end = k + w.group_size; k < end; k += 8, line += 64) {
-      __m512i low[STREAMS], high[STREAMS];
-      for (int s = 0; s < STREAMS; s++) {
-        const char* const own = line + s * apart * column_bytes;
-        _mm_prefetch(own + AHEAD, _MM_HINT_T0);
-        const __m512i codes = _mm512_loadu_si512(own);
-        low[s] = _mm512_and_si512(codes, half), high[s] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), half);
-      }
-      for (int r = 0; r < ROWS; r++) {
-        const int32_t* own = (const int32_t*)(x + r * stride + k);
-        const __m512i even = _mm512_set1_epi32(own[0]), odd = _mm512_set1_epi32(own[1]);
-        for (int s = 0; s < STREAMS; s++) sum[s][r] = dot(dot(sum[s][r], low[s], even), high[s], odd);
+    for (const int64_t end = k + w.group_size; k < end; k += Weight::STEP, line += Weight::STEP_BYTES) {
+      for (int s = 0; s < STREAMS; s++)
+        for (int64_t own = 0; own < Weight::STEP_BYTES; own += 64)
+          _mm_prefetch(line + s * apart * column_bytes + own + AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 4
+      for (int j = 0; j < Weight::LINES; j++) {
+        __m512i low[STREAMS], high[STREAMS];
+        for (int s = 0; s < STREAMS; s++) {
+          const char* const own = line + s * apart * column_bytes;
+          const UpperBits<BITS> upper(own + 64 * Weight::LINES);
+          const __m512i codes = _mm512_loadu_si512(own + 64 * j);
+          low[s] = upper.over(codes, 2 * j), high[s] = upper.over(_mm512_srli_epi16(codes, 4), 2 * j + 1);
+        }
+        for (int r = 0; r < ROWS; r++) {
+          const int32_t* own = (const int32_t*)(x + r * stride + k + 8 * j);
+          const __m512i even = _mm512_set1_epi32(own[0]), odd = _mm512_set1_epi32(own[1]);
+          for (int s = 0; s < STREAMS; s++) sum[s][r] = dot(dot(sum[s][r], low[s], even), high[s], odd);
+        }
       }
     }
     for (int s = 0; s < STREAMS; s++) {
@@ -447,15 +491,24 @@ extern "C" int autoplan_int8_dynamic(const Call* call, const void* x, const Pack
   return done([&] { if (rows) run_as(*call, x, int8_weight(*packed), *packed, bias, out, rows, threads, norm); });
 }
 
-// The same, in groups of `group_size`, a multiple of 16 that divides in_features.
-extern "C" int autoplan_int4_dynamic(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
-                                     int64_t rows, int threads, const void* residual, const void* norm_weight,
-                                     const void* norm_bias) {
-  const int64_t strip_bytes = ceil_div(packed->in_features, 64) * 2 * TILE;
-  const Int4Weight weight = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(),
-                             packed->in_features, packed->group_size, strip_bytes, packed->channel_scale()};
+// The same, with codes of 4 to 6 bits in groups of `group_size`, which divides in_features: a multiple of 16, or of 32 with
+// more than 4 bits.
+extern "C" int autoplan_grouped_dynamic(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
+                                        int64_t rows, int threads, const void* residual, const void* norm_weight,
+                                        const void* norm_bias) {
   const Norm norm = {residual, norm_weight, norm_bias, call->eps};
-  return done([&] { if (rows) run_as(*call, x, weight, *packed, bias, out, rows, threads, norm); });
+  const auto run = [&](auto bits) {
+    const int64_t strip_bytes = ceil_div(packed->in_features, 64) * 2 * TILE;
+    const GroupedWeight<decltype(bits)::value> weight = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(),
+                                                         packed->in_features, packed->group_size, strip_bytes, packed->channel_scale()};
+    run_as(*call, x, weight, *packed, bias, out, rows, threads, norm);
+  };
+  return done([&] {
+    if (!rows) return;
+    if (packed->bits == 4) return run(std::integral_constant<int, 4>());
+    if (packed->bits == 5) return run(std::integral_constant<int, 5>());
+    run(std::integral_constant<int, 6>());
+  });
 }
 
 // The first layer with its activation, then the second one: both int8, dynamic. Each thread takes rows.

@@ -28,10 +28,10 @@ static inline int team_for(int64_t rows, int64_t out_features, int64_t in_featur
 
 // A weight as __init__.py packs it: its sizes, where its parts begin (bytes from here), and the parts.
 struct Packed {
-  int64_t out_features, in_features, group_size, codes_at, scale_at, offset_at, channel_scale_at;
+  int64_t out_features, in_features, group_size, bits, codes_at, scale_at, offset_at, channel_scale_at;
 
   const char* codes() const { return (const char*)this + codes_at; }
-  const void* scale() const { return (const char*)this + scale_at; }  // float32, or bfloat16 for groups of int4
+  const void* scale() const { return (const char*)this + scale_at; }  // float32, or bfloat16 for groups
   const void* offset() const { return (const char*)this + offset_at; }  // zero points, or where sums start
   const float* channel_scale() const { return (const float*)((const char*)this + channel_scale_at); }
 };

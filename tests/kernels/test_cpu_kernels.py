@@ -17,7 +17,7 @@ SIZES = [(k, n) for k in (4, 20, 96, 100, 128, 300, 1000) for n in (1, 8, 17, 33
 ROWS = (1, 4, 129)
 
 INT8 = ("int8pack", "dequantize_int8", "onednn_u8s8", "int_mm", "fused_int8", "tiled_int8")
-INT4 = ("int4pack", "dequantize_int4", "tiled_int4", "fused_int4")
+GROUPED = {"int4pack": 4, "dequantize_int4": 4, "tiled_int4": 4, "fused_int4": 4, "fused_int5": 5, "fused_int6": 6}
 FP8 = ("dequantize_fp8", "scaled_mm")
 FLOAT = ("linear", "onednn")
 QUANTIZES_ACTIVATIONS = {
@@ -25,6 +25,8 @@ QUANTIZES_ACTIVATIONS = {
     "int_mm": 0.012,
     "fused_int8": 0.012,
     "fused_int4": 0.012,
+    "fused_int5": 0.012,
+    "fused_int6": 0.012,
     "scaled_mm": 0.05,
 }  # error on N(0, 1) rows, K >= 96
 
@@ -36,16 +38,16 @@ def canonical(kernel: str, weight: torch.Tensor) -> packing.Canonical:
         return packing.quantize_per_channel(weight, torch.int8)
     if kernel in FP8:
         return packing.quantize_per_channel(weight, torch.float8_e4m3fn)
-    return packing.quantize_int4(weight, 32)
+    return packing.quantize_grouped(weight, 32, GROUPED[kernel])
 
 
 def supported(kernel: str, k: int, n: int, dtype: torch.dtype) -> bool:
-    if kernel in INT4 and k % 32:
+    if kernel in GROUPED and k % 32:
         return False
-    return find_kernel(kernel).rejects(LinearSpec(k, n, dtype, 32 if kernel in INT4 else None)) is None
+    return find_kernel(kernel).rejects(LinearSpec(k, n, dtype, 32 if kernel in GROUPED else None)) is None
 
 
-@pytest.mark.parametrize("name", FLOAT + INT8 + INT4 + FP8)
+@pytest.mark.parametrize("name", [*FLOAT, *INT8, *GROUPED, *FP8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_close_to_float64_on_odd_shapes(name: str, dtype: torch.dtype) -> None:
     kernel, ran = find_kernel(name), 0
@@ -73,7 +75,7 @@ def test_close_to_float64_on_odd_shapes(name: str, dtype: torch.dtype) -> None:
     assert ran, f"{name} ran on no shape"
 
 
-@pytest.mark.parametrize("name", FLOAT + INT8 + INT4 + FP8)
+@pytest.mark.parametrize("name", [*FLOAT, *INT8, *GROUPED, *FP8])
 def test_unpack_gives_the_canonical_weight_back_exactly(name: str) -> None:
     kernel = find_kernel(name)
     for k, n in ((96, 48), (128, 16), (384, 64)):
@@ -86,7 +88,7 @@ def test_unpack_gives_the_canonical_weight_back_exactly(name: str) -> None:
         assert len(kernel.layout.pack(stored)) == kernel.layout.arity
 
 
-@pytest.mark.parametrize("name", FLOAT + INT8 + INT4 + FP8)
+@pytest.mark.parametrize("name", [*FLOAT, *INT8, *GROUPED, *FP8])
 def test_a_transposed_weight_is_not_read_as_another_matrix(name: str) -> None:
     kernel = find_kernel(name)
     weight = (torch.randn(64, 96) * 0.05).t()[:, :64]  # [96, 64], strided
@@ -116,7 +118,7 @@ def test_activation_rows_are_scaled_one_by_one(name: str) -> None:
         assert relative_error(y[row], expected[row]) < (0.06 if name == "scaled_mm" else 0.03), row
 
 
-@pytest.mark.parametrize("name", INT8 + INT4 + FP8)
+@pytest.mark.parametrize("name", [*INT8, *GROUPED, *FP8])
 def test_hard_weights_stay_finite_and_exact_where_they_can(name: str) -> None:
     kernel = find_kernel(name)
     weight = torch.randn(48, 96) * 0.05
@@ -133,18 +135,23 @@ def test_hard_weights_stay_finite_and_exact_where_they_can(name: str) -> None:
     assert bool((y[:, 2].abs() < 1e-25).all())
 
 
-@pytest.mark.parametrize(("group_size", "bound"), [(32, 0.079), (64, 0.088), (128, 0.096)])
-def test_int4_error_of_gaussian_weights(group_size: int, bound: float) -> None:
+@pytest.mark.parametrize(
+    ("bits", "group_size", "bound"), [(4, 32, 0.079), (4, 64, 0.088), (4, 128, 0.096), (5, 64, 0.044), (6, 64, 0.022)]
+)
+def test_error_of_gaussian_weights_in_groups(bits: int, group_size: int, bound: float) -> None:
     weight = torch.randn(512, 4096) * 0.02
-    stored = packing.quantize_int4(weight, group_size)
+    stored = packing.quantize_grouped(weight, group_size, bits)
     assert relative_error(packing.dequantize(stored, torch.float32), weight) <= bound
     assert stored["codes"].dtype == stored["zero_point"].dtype == torch.uint8
     assert stored["scale"].dtype == torch.bfloat16
 
 
-def test_nibbles_round_trip() -> None:
-    codes = torch.randint(0, 16, (7, 30), dtype=torch.uint8)
-    assert torch.equal(packing.unpack_nibbles(packing.pack_nibbles(codes)), codes)
+def test_codes_round_trip() -> None:
+    codes = torch.randint(0, 64, (7, 40), dtype=torch.uint8)
+    low, upper = packing.pack_nibbles(codes & 15), packing.pack_bits(codes >> 4, 2)
+    assert torch.equal(packing.unpack_nibbles(low), codes & 15)
+    assert torch.equal(packing.unpack_bits(upper), codes >> 4)
+    assert torch.equal(packing.unpack_codes({"codes": low, "upper_bits": upper}), codes)
 
 
 def test_int8pack_refuses_the_widths_that_crash_torch() -> None:

@@ -165,7 +165,7 @@ def test_a_broken_seed_file_is_refused(text: str) -> None:
 @pytest.mark.parametrize("k_groups", [1, 3, 4, 9])
 def test_int4_words_come_back_exactly(group_size: int, k_groups: int) -> None:
     for n in (1, 17, 64):
-        stored = packing.quantize_int4(torch.randn(n, k_groups * group_size) * 0.05, group_size)
+        stored = packing.quantize_grouped(torch.randn(n, k_groups * group_size) * 0.05, group_size)
         packed = layouts.WORDS.pack(stored)
         assert layouts.sizes(packed) == (n, group_size)
         assert all(tensor.is_contiguous() for tensor in packed)
@@ -207,7 +207,7 @@ def test_tinygemm_unpacks_by_products_with_unit_rows(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "_convert_weight_to_int4pack", convert)
     monkeypatch.setattr(torch, "_weight_int4pack_mm", multiply)
     kernel = find_kernel("tinygemm")
-    stored = packing.quantize_int4(torch.randn(16, 256), 64)
+    stored = packing.quantize_grouped(torch.randn(16, 256), 64)
     packed = kernel.layout.pack(stored)
     assert all(torch.equal(tensor, stored[key]) for key, tensor in kernel.layout.unpack(packed).items())
     x = torch.randn(3, 256).bfloat16()
@@ -254,7 +254,7 @@ def test_split_k_is_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "submit", lambda one, device: made.append(one))
     kernel = KERNELS["w4_gemm_small"]
     config = next(str(config) for config in kernel.space if config["SK"] == 4)
-    packed = kernel.layout.pack(packing.quantize_int4(torch.randn(64, 1024), 128))
+    packed = kernel.layout.pack(packing.quantize_grouped(torch.randn(64, 1024), 128))
     for rows, split in ((launch.MOST_SPLIT_ROWS, 4), (launch.MOST_SPLIT_ROWS + 1, 1)):
         made.clear()
         kernel.configured(config)(torch.randn(rows, 1024).bfloat16(), packed, None, torch.bfloat16)

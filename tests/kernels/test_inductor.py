@@ -72,13 +72,15 @@ def compiled(block: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("name", ["fused_int8", "fused_int4", "tiled_int8", "tiled_int4"])
+@pytest.mark.parametrize("name", ["fused_int8", "fused_int4", "fused_int6", "tiled_int8", "tiled_int4"])
 @pytest.mark.parametrize("rows", [3, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels_apply_them_to_what_they_return(name: str, rows: int, dtype: torch.dtype) -> None:
     kernel, weight = find_kernel(name), torch.randn(70, 128)
     stored = (
-        packing.quantize_int4(weight, 64) if name.endswith("int4") else packing.quantize_per_channel(weight, torch.int8)
+        packing.quantize_per_channel(weight, torch.int8)
+        if name.endswith("int8")
+        else packing.quantize_grouped(weight, 64, int(name[-1]))
     )
     packed, bias, x = kernel.layout.pack(stored), torch.randn(70), 0.3 * torch.randn(rows, 128).to(dtype)
     assert kernel.into is not None
@@ -196,14 +198,16 @@ def test_gradients_through_an_activation_are_refused() -> None:
 # Gates.
 
 
-@pytest.mark.parametrize("name", ["fused_int8", "fused_int4", "tiled_int8", "tiled_int4"])
+@pytest.mark.parametrize("name", ["fused_int8", "fused_int4", "fused_int6", "tiled_int8", "tiled_int4"])
 @pytest.mark.parametrize("rows", [1, 3, 5, 12, 70, 700, 2100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("features", [64, 320])
 def test_kernels_multiply_one_half_with_the_other(name: str, rows: int, dtype: torch.dtype, features: int) -> None:
     kernel, weight = find_kernel(name), torch.randn(features, 128)
     stored = (
-        packing.quantize_int4(weight, 64) if name.endswith("int4") else packing.quantize_per_channel(weight, torch.int8)
+        packing.quantize_per_channel(weight, torch.int8)
+        if name.endswith("int8")
+        else packing.quantize_grouped(weight, 64, int(name[-1]))
     )
     packed, bias, x = kernel.layout.pack(stored), torch.randn(features), 0.1 * torch.randn(rows, 128).to(dtype)
     assert kernel.into is not None
@@ -316,13 +320,15 @@ def test_an_op_with_a_gate_runs_on_every_kernel() -> None:
 # Pieces.
 
 
-@pytest.mark.parametrize("name", ["fused_int8", "fused_int4", "tiled_int8", "tiled_int4"])
+@pytest.mark.parametrize("name", ["fused_int8", "fused_int4", "fused_int6", "tiled_int8", "tiled_int4"])
 @pytest.mark.parametrize("rows", [3, 70, 700])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_write_in_pieces(name: str, rows: int, dtype: torch.dtype) -> None:
     kernel, weight, sizes = find_kernel(name), torch.randn(192, 128), (64, 32, 96)
     stored = (
-        packing.quantize_int4(weight, 64) if name.endswith("int4") else packing.quantize_per_channel(weight, torch.int8)
+        packing.quantize_per_channel(weight, torch.int8)
+        if name.endswith("int8")
+        else packing.quantize_grouped(weight, 64, int(name[-1]))
     )
     packed, bias, x = kernel.layout.pack(stored), torch.randn(192), torch.randn(rows, 128).to(dtype)
     assert kernel.into is not None
@@ -411,13 +417,15 @@ def normalized(y: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: f
     return F.layer_norm(total, y.shape[1:], weight.double(), bias.double(), eps).to(y.dtype)
 
 
-@pytest.mark.parametrize("name", ["fused_int8", "fused_int4", "tiled_int8", "tiled_int4"])
+@pytest.mark.parametrize("name", ["fused_int8", "fused_int4", "fused_int6", "tiled_int8", "tiled_int4"])
 @pytest.mark.parametrize(("rows", "features"), [(1, 8), (3, 70), (12, 64), (70, 208), (2100, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels_normalize_what_they_return(name: str, rows: int, features: int, dtype: torch.dtype) -> None:
     kernel, weight = find_kernel(name), torch.randn(features, 64)
     stored = (
-        packing.quantize_int4(weight, 64) if name.endswith("int4") else packing.quantize_per_channel(weight, torch.int8)
+        packing.quantize_per_channel(weight, torch.int8)
+        if name.endswith("int8")
+        else packing.quantize_grouped(weight, 64, int(name[-1]))
     )
     packed, x = kernel.layout.pack(stored), torch.randn(rows, 64).to(dtype)
     norm = [5 * torch.randn(rows, features).to(dtype), torch.randn(features).to(dtype), torch.randn(features).to(dtype)]

@@ -14,7 +14,8 @@ from autoplan.kernels.native import build
 from autoplan.kernels.reference import linear_float64, relative_error
 
 FEW_ROWS = 6  # of weight_only.cpp
-DYNAMIC = ("fused_int8", "fused_int4")  # int8 activations
+GROUPED = {"fused_int4": 4, "fused_int5": 5, "fused_int6": 6, "tiled_int4": 4}  # bits
+DYNAMIC = ("fused_int8", "fused_int4", "fused_int5", "fused_int6")  # int8 activations
 KERNELS = (*DYNAMIC, "tiled_int8", "tiled_int4")
 NO_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
 INSTRUCTION_SETS = {
@@ -43,8 +44,8 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def canonical(name: str, out_features: int, in_features: int) -> packing.Canonical:
     weight = torch.randn(out_features, in_features) * 0.05
-    if name.endswith("int4"):
-        return packing.quantize_int4(weight, next(g for g in (128, 64, 32) if in_features % g == 0))
+    if bits := GROUPED.get(name):
+        return packing.quantize_grouped(weight, next(g for g in (128, 64, 32) if in_features % g == 0), bits)
     return packing.quantize_per_channel(weight, torch.int8)
 
 
@@ -104,7 +105,9 @@ def test_outputs_larger_than_a_cache_have_the_same_values(name: str, dtype: torc
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize(("name", "rows"), [("fused_int8", 90), ("fused_int4", 8)])
+@pytest.mark.parametrize(
+    ("name", "rows"), [("fused_int8", 90), ("fused_int4", 8), ("fused_int5", 8), ("fused_int6", 8)]
+)
 def test_int8_products_are_exact(name: str, rows: int) -> None:
     """Rows of codes with a largest code of 127 are quantized without error, so only float32 rounding is left."""
     kernel, stored = find_kernel(name), canonical(name, 70, 192)
@@ -115,14 +118,18 @@ def test_int8_products_are_exact(name: str, rows: int) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_int4_weights_lose_what_int8_ones_would() -> None:
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_weights_in_groups_lose_what_int8_ones_would(bits: int) -> None:
     """At many rows the groups of a channel give up their scales, and are rounded to steps of largest value / 127."""
-    kernel, x = find_kernel("fused_int4"), torch.randint(-127, 128, (40, 256)).float()
+    kernel, x = find_kernel(f"fused_int{bits}"), torch.randint(-127, 128, (40, 256)).float()
     x[:, 0] = 127
-    codes, zero_point = torch.randint(0, 256, (48, 128), dtype=torch.uint8), torch.full((48, 4), 7, dtype=torch.uint8)
-    stored = {"codes": codes, "scale": (torch.rand(48, 4) + 0.1).bfloat16(), "zero_point": zero_point}
+    middle, codes = 2 ** (bits - 1) - 1, torch.randint(0, 2**bits, (48, 256), dtype=torch.uint8)
+    zero_point, scale = torch.full((48, 4), middle, dtype=torch.uint8), (torch.rand(48, 4) + 0.1).bfloat16()
+    stored = {"codes": packing.pack_nibbles(codes & 15), "scale": scale, "zero_point": zero_point}
+    if bits > 4:
+        stored["upper_bits"] = packing.pack_bits(codes >> 4, bits - 4)
     y = kernel.run(x, kernel.layout.pack(stored), None, torch.float32)
-    steps, weight = stored["scale"].amax(dim=1) * (15 - 7) / 127, packing.dequantize(stored, torch.float64)
+    steps, weight = scale.amax(dim=1) * (middle + 1) / 127, packing.dequantize(stored, torch.float64)
     rounding = float((steps.square().mean() / 12 / weight.square().mean()).sqrt())
     assert 0.8 * rounding < relative_error(y, linear_float64(x, stored, None)) < 1.2 * rounding
 
@@ -169,7 +176,7 @@ def test_large_inputs_give_large_outputs(name: str) -> None:
 @pytest.mark.usefixtures("compiled")
 def test_what_lay_in_scratch_memory_is_no_weight() -> None:
     kernel = find_kernel("tiled_int4")
-    before, stored = (packing.quantize_int4(torch.randn(40, size), 48) for size in (2880, 144))
+    before, stored = (packing.quantize_grouped(torch.randn(40, size), 48) for size in (2880, 144))
     kernel.run(torch.full((4, 2880), torch.nan), kernel.layout.pack(before), None, torch.float32)
     x = torch.randn(40, 144)
     y = kernel.run(x, kernel.layout.pack(stored), None, torch.float32)
@@ -184,6 +191,7 @@ def test_what_a_kernel_cannot_run_is_told(name: str) -> None:
     assert ("133144" in (rejects(ops.LinearSpec(133_145, 64, torch.float32)) or "")) == (name in DYNAMIC)
     assert rejects(ops.LinearSpec(133_144, 64, torch.float32)) is None
     assert "group size 24" in (rejects(ops.LinearSpec(96, 64, torch.float32, 24)) or "")
+    assert ("group size 48" in (rejects(ops.LinearSpec(96, 64, torch.float32, 48)) or "")) == (GROUPED.get(name, 0) > 4)
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
@@ -209,13 +217,16 @@ def test_several_threads_may_call_at_once(name: str) -> None:
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("bits", [4, 5, 6])
 @pytest.mark.parametrize(("out_features", "in_features", "group_size"), [(1, 32, 32), (37, 192, 64), (19, 288, 48)])
-def test_int4_weights_are_quantized_as_torch_does(
-    dtype: torch.dtype, out_features: int, in_features: int, group_size: int
+def test_weights_in_groups_are_quantized_as_torch_does(
+    dtype: torch.dtype, bits: int, out_features: int, in_features: int, group_size: int
 ) -> None:
     weight = torch.randn(in_features, out_features).to(dtype).t()  # strided
     weight[0, :16], weight[-1] = 0, weight[-1].abs()  # parts of groups without a value, groups without a sign
-    found, expected = (quantize(weight, group_size) for quantize in (native.quantize_int4_fast, packing.quantize_int4))
+    found, expected = (
+        quantize(weight, group_size, bits) for quantize in (native.quantize_grouped_fast, packing.quantize_grouped)
+    )
     assert {key: (t.dtype, t.shape) for key, t in found.items()} == {
         key: (t.dtype, t.shape) for key, t in expected.items()
     }
@@ -225,18 +236,19 @@ def test_int4_weights_are_quantized_as_torch_does(
     assert off == pytest.approx(float(best), rel=1e-5)
 
 
-def test_int4_weights_that_the_cpp_cannot_quantize_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_the_cpp_cannot_quantize_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: pytest.fail("called"))
     monkeypatch.setattr(native, "_missing", lambda: "")
     for weight, group_size in ((torch.randn(3, 24), 24), (torch.randn(3, 32, dtype=torch.float64), 32)):
-        expected = packing.quantize_int4(weight, group_size)
-        for key, tensor in native.quantize_int4_fast(weight, group_size).items():
-            assert torch.equal(tensor, expected[key])
+        for bits in (4, 6):
+            expected = packing.quantize_grouped(weight, group_size, bits)
+            for key, tensor in native.quantize_grouped_fast(weight, group_size, bits).items():
+                assert torch.equal(tensor, expected[key])
     with pytest.raises(RuntimeError, match="invalid for input of size"):
-        native.quantize_int4_fast(torch.randn(3, 80), 32)
-    assert native.quantize_int4_fast(torch.empty(4, 64, device="meta"), 32)["codes"].device.type == "meta"
+        native.quantize_grouped_fast(torch.randn(3, 80), 32)
+    assert native.quantize_grouped_fast(torch.empty(4, 64, device="meta"), 32)["codes"].device.type == "meta"
     monkeypatch.setattr(native, "_missing", lambda: "no compiler")
-    assert native.quantize_int4_fast(torch.randn(4, 64), 32)["codes"].shape == (4, 32)
+    assert native.quantize_grouped_fast(torch.randn(4, 64), 32)["codes"].shape == (4, 32)
 
 
 def test_the_binary_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
