@@ -21,6 +21,7 @@ from autoplan.arms import Arms, Call, Contender, Maker
 from autoplan.cache.fingerprint import digest, source_digest
 from autoplan.cache.store import PlanCache, entry
 from autoplan.candidates import Candidate
+from autoplan.contention import DISTURBED, Contention
 from autoplan.errors import CacheError
 from autoplan.records import COMPILED, LayerProfile, Measurement, Shape
 
@@ -85,6 +86,8 @@ def measure(
     Neighbours that differ in rows only share the quantized weights. Once `seconds_left()` says none, what was not timed
     is absent from the answer. Unless this is to be `thorough`, a kernel that took twice the time of its candidate's
     best one with a like weight is not raced again: the answer has what was measured there, without an interval.
+
+    What was timed while others took the CPUs is in the answer, and not in the cache: the next planning times it again.
     """
     found: dict[Key, Measurement] = {}
     left_out: dict[Key, Measurement] = {}
@@ -114,12 +117,14 @@ def measure(
         arms = _arms(shape, seed, arms)
         if (left := seconds_left()) <= 0:  # drawing a large weight takes its time
             continue
+        contention = Contention()
         measured = _race(arms, missing, seed, between, min(_RACE_SECONDS, left))
+        disturbed = contention.share() > DISTURBED
         if shape.device == "cuda":
             arms = None
             torch.cuda.empty_cache()  # the weight copies' memory: the user's again
         found.update({(shape, m.candidate, m.kernel): m for m in measured})
-        if cache:
+        if cache and not disturbed:
             by_key = {(c.candidate.name, c.kernel.name): c for c in missing}
             records = [
                 entry(_fingerprint(shape, by_key[m.candidate, m.kernel], environment, between), _to_value(m))

@@ -44,6 +44,7 @@ def global_settings() -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Seeds torch, hides the user's cache folder, and fails the test that leaves a global setting changed."""
+    monkeypatch.setattr("autoplan.contention.waited_ns", lambda: 0)  # tests beside this one take the CPUs
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     monkeypatch.delenv("AUTOPLAN_CACHE", raising=False)
     torch.manual_seed(0)

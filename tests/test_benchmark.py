@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -80,6 +81,19 @@ def test_what_is_cached_is_not_timed_again(timer: Any) -> None:
     assert timer.races == 3
     measure(wanted, ENVIRONMENT, None)
     assert timer.races == 4
+
+
+def test_what_others_disturbed_is_timed_again(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = itertools.count(0, 10**12)  # at each reading: a thousand seconds more
+    monkeypatch.setattr("autoplan.contention.waited_ns", lambda: next(waited))
+    cache, wanted = PlanCache(), {SHAPE: contenders("none", "bf16")}
+    assert measure(wanted, ENVIRONMENT, cache)
+    assert measure(wanted, ENVIRONMENT, cache)
+    assert timer.races == 2
+    monkeypatch.setattr("autoplan.contention.waited_ns", lambda: 0)
+    measure(wanted, ENVIRONMENT, cache)
+    measure(wanted, ENVIRONMENT, cache)
+    assert timer.races == 3
 
 
 def test_neighbours_that_differ_in_rows_share_the_quantized_weight(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

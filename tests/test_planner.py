@@ -6,6 +6,7 @@ Many of these are defects of torchao.autoquant (removed in 2026), which we must 
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import pickle
 import threading
@@ -195,6 +196,14 @@ def test_the_users_metric_is_the_last_judge(timer: Any) -> None:
     assert set(chosen(autoplan(mlp(), x, budget=LOOSE, evaluate=(exactness, 10.0), cache=False)).values()) == {
         "int8_dynamic"
     }
+
+
+def test_a_machine_that_is_busy_while_layers_are_timed_is_told(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step, told in ((0, False), (10**12, True)):
+        waited = itertools.count(0, step)
+        monkeypatch.setattr("autoplan.contention.waited_ns", lambda waited=waited: next(waited))
+        plan = plan_of(autoplan(mlp(), inputs(), budget=LOOSE, cache=False))
+        assert any("waited" in note for note in plan.outcome.notes) == told  # type: ignore[union-attr]
 
 
 def test_a_single_sample_is_reported_as_not_held_out(timer: Any) -> None:
