@@ -21,7 +21,7 @@ from autoplan.arms import Arms, Call, Contender, Maker
 from autoplan.cache.fingerprint import digest, source_digest
 from autoplan.cache.store import PlanCache, entry
 from autoplan.candidates import Candidate
-from autoplan.contention import DISTURBED, Contention
+from autoplan.contention import BUSY, Contention
 from autoplan.errors import CacheError
 from autoplan.records import COMPILED, LayerProfile, Measurement, Shape
 
@@ -87,7 +87,7 @@ def measure(
     is absent from the answer. Unless this is to be `thorough`, a kernel that took twice the time of its candidate's
     best one with a like weight is not raced again: the answer has what was measured there, without an interval.
 
-    What was timed while others took the CPUs is in the answer, and not in the cache: the next planning times it again.
+    What was timed while others took the CPUs is in the answer, with a note, and not in the cache: see `disturbed`.
     """
     found: dict[Key, Measurement] = {}
     left_out: dict[Key, Measurement] = {}
@@ -117,14 +117,12 @@ def measure(
         arms = _arms(shape, seed, arms)
         if (left := seconds_left()) <= 0:  # drawing a large weight takes its time
             continue
-        contention = Contention()
         measured = _race(arms, missing, seed, between, min(_RACE_SECONDS, left))
-        disturbed = contention.share() > DISTURBED
         if shape.device == "cuda":
             arms = None
             torch.cuda.empty_cache()  # the weight copies' memory: the user's again
         found.update({(shape, m.candidate, m.kernel): m for m in measured})
-        if cache and not disturbed:
+        if cache:
             by_key = {(c.candidate.name, c.kernel.name): c for c in missing}
             records = [
                 entry(_fingerprint(shape, by_key[m.candidate, m.kernel], environment, between), _to_value(m))
@@ -138,11 +136,25 @@ def measure(
 
 
 def _lasts(measurement: Measurement, cut_short: bool) -> bool:
-    """Whether another run would find the same: not where time ran out, nor where memory or a compiler failed."""
+    """Whether another run would find the same: not where time or CPUs were lacking, or memory or a compiler failed."""
     note = measurement.note
+    if BUSY in note:
+        return False
     if note.startswith("failed:"):
         return not any(sign in note for sign in _PASSING)
     return not (cut_short and note.startswith("undecided"))
+
+
+def disturbed(found: Mapping[Key, Measurement]) -> list[str]:
+    """A note on the shapes at which others took the CPUs while kernels were timed; none if there are none."""
+    shapes = {shape for shape, *_ in found}
+    busy = {shape for (shape, *_), measurement in found.items() if BUSY in measurement.note}
+    if not busy:
+        return []
+    return [
+        f"at {len(busy)} of {len(shapes)} shapes, threads had to wait while kernels were timed: {BUSY}, or there are "
+        "more threads than CPUs. Choices may be wrong: plan again with cache=False when the machine is idle"
+    ]
 
 
 def _hopeless(
@@ -278,6 +290,7 @@ def _race(
         calls, notes = 1, dict[str, str]()
         if on_gpu and shape.mode == COMPILED:
             arms, calls, notes = on_graphs(arms, baseline)
+        contention = Contention()
         results = timing.race(
             arms,
             baseline=baseline,
@@ -287,13 +300,14 @@ def _race(
             clock=timing.clock_of(shape.device),
             min_batch_us=timing.BATCH_US[shape.device],
         )
+        busy = contention.note()
     baseline_us = results[baseline].baseline_us / calls
     measured = [
         Measurement(shape, *key, baseline_us, timed.ratio, timed.ratio_low, timed.ratio_high, timed.rounds, note)
         for key in makers
         if key not in failures
         for timed in [results["/".join(key)]]
-        for note in ["; ".join(filter(None, (notes.get(timed.name), timed.note)))]
+        for note in ["; ".join(filter(None, (notes.get(timed.name), timed.note, busy)))]
     ]
     measured += [
         Measurement(shape, *key, baseline_us, math.inf, math.inf, math.inf, 0, note) for key, note in failures.items()

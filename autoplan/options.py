@@ -287,8 +287,8 @@ def _gate(
 def _not_faster_than_finer(options: Sequence[Option], candidates: Iterable[Candidate]) -> dict[str, str]:
     """Candidates that do what another does, with more harm, and are not worth it; and why.
 
-    Faster than smaller groups they have to be by the margin; than more bits, which do several times less harm, surely:
-    their intervals apart.
+    Faster than those that are a little finer they have to be by the margin; than twice the bits, which do many times
+    less harm, surely: their intervals apart.
     """
     usable = {option.candidate: option for option in options if not option.rejected}
     found: dict[str, str] = {}

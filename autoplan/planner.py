@@ -24,7 +24,6 @@ from autoplan.benchmark import Key, Progress
 from autoplan.cache import fingerprint
 from autoplan.cache.store import PlanCache, entry, resolve
 from autoplan.candidates import Candidate
-from autoplan.contention import DISTURBED, Contention
 from autoplan.distributed import Ranks, from_leader, in_shares, together
 from autoplan.divergence import OutputPicker, Reference, references, split_inputs, undisturbed
 from autoplan.errors import AutoplanError, CacheError, RecordingError
@@ -267,14 +266,7 @@ class _Planning:
             return plan
         with self._stage("timing"):
             rules = Rules(self.mode, weights, self.pinned, group_of, request.wants_bytes, request.batch_invariant)
-            contention = Contention()
             layers = self._timed(profiles, rules)
-            if (share := contention.share()) > DISTURBED:
-                self.notes.append(
-                    f"while layers were timed, threads of this process waited {share:.2f} s a second for a CPU: others "
-                    "used it, or there are more threads than CPUs. Choices may be wrong: plan again, when the machine "
-                    "is idle, with another cache or none"
-                )
         if self.ranks.hold_shards:
             with undisturbed(self.model, eager=False):
                 return from_leader(self.ranks, self.model, lambda: self._decided(layers, profiles, left_alone))
@@ -387,8 +379,9 @@ class _Planning:
         measure = functools.partial(self._measure, model_bytes=sum(map(float_bytes, profiles)))
         found = in_shares(self.ranks, wanted, measure)
         layers = [options.with_times(menu, found, rules) for menu in menus]
-        found = in_shares(self.ranks, fusion.to_time(layers, menus, rules), measure)
-        return fusion.with_times(layers, menus, found, rules)
+        fused = in_shares(self.ranks, fusion.to_time(layers, menus, rules), measure)
+        self.notes += benchmark.disturbed(found | fused)
+        return fusion.with_times(layers, menus, fused, rules)
 
     def _measure(
         self, wanted: Mapping[Shape, Sequence[Contender]], from_cache_only: bool, model_bytes: int

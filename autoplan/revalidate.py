@@ -116,7 +116,11 @@ class _Revalidation:
             kappa=kappa,
             planning_seconds={"revalidation": seconds, "total": seconds},
             stale=(),
-            revalidated=(*self._told(chosen, len({shape for shape, *_ in found}), gone), *notes),
+            revalidated=(
+                *self._told(chosen, len({shape for shape, *_ in found}), gone),
+                *benchmark.disturbed(found),
+                *notes,
+            ),
         )
 
     def _measure(

@@ -41,7 +41,7 @@ def quantize_per_channel(weight: Tensor, dtype: torch.dtype) -> Canonical:
 def quantize_grouped(weight: Tensor, group_size: int, bits: int = 4) -> Canonical:
     """Asymmetric codes of `weight` [out, in], one bfloat16 scale and integer zero point per `group_size` columns.
 
-    `bits` is 4, or 5 to 8: then in_features is a multiple of 8. The range of each group is shrunk by the ratio in
+    `bits` is 4, or 5 or 6: then in_features is a multiple of 8. The range of each group is shrunk by the ratio in
     1.00, 0.98 ... 0.50 that gives the least squared error (clip search, as in AWQ, https://arxiv.org/abs/2306.00978,
     section 3), of the codes that suit the rounded scale: a float32 one would be no better. Rows are handled in slices,
     so the float32 scratch stays in a CPU's caches.

@@ -14,6 +14,7 @@ from autoplan.records import Call, Device, LayerProfile
 
 CPU = Device("cpu", "cpu")
 SQNR_FLOOR = {"none": 1e-6, "bf16": 5e-3, "int8_weight_only": 0.012, "int8_dynamic": 0.02}
+SQNR_FLOOR |= {"int6_dynamic_g64": 0.04, "int5_dynamic_g64": 0.06}
 
 
 def profile(k: int, n: int, dtype: str) -> LayerProfile:

@@ -81,6 +81,20 @@ def test_groups_that_are_not_faster_than_finer_ones_are_out() -> None:
     assert rejected(0.5, 0.5, 0.5, wants_bytes=True) == ["", "", ""]
 
 
+def test_bits_that_do_not_pay_beside_a_few_more_are_out() -> None:
+    names = ("int4_dynamic_g32", "int5_dynamic_g64", "int6_dynamic_g64", "int8_dynamic")
+
+    def rejected(*ratios: float) -> list[str]:
+        kernels = ("fused_int4", "fused_int5", "fused_int6", "fused_int8")
+        found = planned({1: dict(zip(kernels, ratios, strict=True))}, names)
+        return [found[name].rejected.partition(",")[0] for name in names]
+
+    assert rejected(0.2, 0.25, 0.3, 0.4) == ["", "", "", ""]
+    assert rejected(0.25, 0.25, 0.3, 0.4) == ["not 2% faster than int5_dynamic_g64", "", "", ""]
+    assert rejected(0.3, 0.35, 0.3, 0.4) == [*["not 2% faster than int6_dynamic_g64"] * 2, "", ""]
+    assert rejected(0.2, 0.3, 0.4, 0.4) == ["", "", "not surely faster than int8_dynamic", ""]
+
+
 def test_int4_that_is_not_surely_faster_than_int8_is_out() -> None:
     menu = menu_of((1,), ("int8_weight_only", "int4_g64"))
     (shape,) = options.to_time([menu], "eager")

@@ -203,7 +203,7 @@ def test_a_machine_that_is_busy_while_layers_are_timed_is_told(timer: Any, monke
         waited = itertools.count(0, step)
         monkeypatch.setattr("autoplan.contention.waited_ns", lambda waited=waited: next(waited))
         plan = plan_of(autoplan(mlp(), inputs(), budget=LOOSE, cache=False))
-        assert any("waited" in note for note in plan.outcome.notes) == told  # type: ignore[union-attr]
+        assert any("had to wait" in note for note in plan.outcome.notes) == told  # type: ignore[union-attr]
 
 
 def test_a_single_sample_is_reported_as_not_held_out(timer: Any) -> None:

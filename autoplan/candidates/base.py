@@ -21,9 +21,10 @@ class Candidate(ABC):
     A subclass sets `name`, `tensors` (the names of the canonical tensors, in order) and `kernels` (the kernels that can
     run it, the most general last), and writes `quantize`. One that leaves `kernels` empty runs its own `linear`. One
     that may run as one candidate at some rows and as another at others, on the same codes, names them in `modes`; its
-    kernels are theirs, timed under their names. `finer` names those that do the same with smaller groups of as many
-    bits, `in_more_bits` the one that does it in more bits. Both do less harm: a candidate that is no faster than those,
-    or not surely faster than this one, is left out (unless bytes are asked for).
+    kernels are theirs, timed under their names. `finer` names those that do the same with smaller groups or a
+    bit or two more, `in_more_bits` the one that does it in twice as many. Both do less harm (but for channels with an
+    outlier, where int8 can do more than groups of 6 bits): a candidate that is no faster than those, or not surely
+    faster than this one, is left out (unless bytes are asked for).
     """
 
     name: str

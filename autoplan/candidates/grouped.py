@@ -15,14 +15,13 @@ _GROUP_SIZES = {4: (32, 64, 128), 5: (64,), 6: (64,)}  # by bits
 class Grouped(Candidate):
     """W4A16: asymmetric codes, a bfloat16 scale and an integer zero point per group, ranges clipped by search."""
 
-    recipe, in_more_bits = "int{}_g{}", "int8_weight_only"
+    named, in_more_bits = "int{}_g{}", "int8_weight_only"
     group_size: int
-    kernels: tuple[str, ...] = ("tiled_int4", "int4pack", "w4_gemm_small", "tinygemm", "dequantize_int4")
 
-    def __init__(self, bits: int, group_size: int) -> None:
-        self.bits, self.group_size = bits, group_size
-        self.name = self.recipe.format(bits, group_size)
-        self.finer = tuple(self.recipe.format(bits, size) for size in _GROUP_SIZES[bits] if size < group_size)
+    def __init__(self, bits: int, group_size: int, kernels: tuple[str, ...]) -> None:
+        self.bits, self.group_size, self.kernels = bits, group_size, kernels
+        self.name = self.named.format(bits, group_size)
+        self.finer = tuple(self.named.format(bits, size) for size in _GROUP_SIZES[bits] if size < group_size)
         self.tensors = ("codes", "scale", "zero_point") + ("upper_bits",) * (bits > 4)
 
     def quantize(self, weight: Tensor) -> Canonical:
@@ -30,20 +29,23 @@ class Grouped(Candidate):
 
 
 class GroupedDynamic(Grouped):
-    """W4A8, W5A8, W6A8: such weights; int8 activations whose scale is each row's absmax / 127, found at each call."""
+    """W4A8, W5A8, W6A8: asymmetric codes in groups; int8 activations, by each row's absmax / 127, at each call."""
 
-    recipe, in_more_bits = "int{}_dynamic_g{}", "int8_dynamic"
+    named, in_more_bits = "int{}_dynamic_g{}", "int8_dynamic"
 
     def __init__(self, bits: int, group_size: int) -> None:
-        super().__init__(bits, group_size)
-        self.kernels = (f"fused_int{bits}",)
+        super().__init__(bits, group_size, (f"fused_int{bits}",))
+        more = (self.named.format(b, size) for b, sizes in _GROUP_SIZES.items() if b > bits for size in sizes)
+        self.finer = (*self.finer, *more)
 
     def linear(self, x: Tensor, canonical: Canonical, bias: Tensor | None) -> Tensor:
         return super().linear(rounded_rows(x), canonical, bias)
 
 
+for _group_size in _GROUP_SIZES[4]:
+    register_candidate(
+        Grouped(4, _group_size, ("tiled_int4", "int4pack", "w4_gemm_small", "tinygemm", "dequantize_int4"))
+    )
 for _bits, _group_sizes in _GROUP_SIZES.items():
     for _group_size in _group_sizes:
         register_candidate(GroupedDynamic(_bits, _group_size))
-        if _bits == 4:
-            register_candidate(Grouped(_bits, _group_size))

@@ -17,12 +17,7 @@ from torch import Tensor
 from autoplan.errors import KernelError
 from autoplan.kernels import ops
 from autoplan.kernels.native.build import library
-from autoplan.kernels.packing import (
-    CLIP_RATIOS,
-    Canonical,
-    quantize_grouped,
-    quantize_per_channel,
-)
+from autoplan.kernels.packing import CLIP_RATIOS, Canonical, quantize_grouped, quantize_per_channel
 from autoplan.kernels.reference import linear_float64, relative_error
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of simd.h

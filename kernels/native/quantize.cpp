@@ -73,7 +73,7 @@ void run(const void* weight, int64_t rows, int64_t in_features, int64_t group_si
 
 }  // namespace
 
-// `group_size` is a multiple of 16 that divides in_features, `bits` 4 to 8; of the ranges times `ratios`, that of the
+// `group_size` is a multiple of 16 that divides in_features, `bits` 4 to 6; of the ranges times `ratios`, that of the
 // least squared error is taken.
 extern "C" void autoplan_quantize_grouped(const void* weight, int dtype, int64_t rows, int64_t in_features, int64_t group_size,
                                           int64_t bits, const double* ratios, int64_t tried, uint8_t* codes, uint8_t* upper_bits,
