@@ -201,6 +201,7 @@ def _make_plan(model: nn.Module, recording: Recording, request: Request, ranks: 
         _planning_lock,
         shown(request.progress) as progress,
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),  # where kernels are timed
+        torch.autocast(device.type, enabled=False),  # replays enter the region that they were recorded in
     ):
         return _Planning(_replica(root), recording, request, mode, progress, ranks).run()
 

@@ -66,7 +66,10 @@ def revalidate(
         raise PlanMismatchError("the model is on the meta device, where nothing can be timed: load its weights first")
     where = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # where kernels and clocks run
     with shown(progress) as told, where:
-        return _Revalidation(plan, root, resolve(cache), told, seed).run(inputs, output, began)
+        revalidation = _Revalidation(plan, root, resolve(cache), told, seed)
+        recording = None if inputs is None else revalidation.recording(inputs)
+        with torch.autocast(device.type, enabled=False):  # replays enter theirs
+            return revalidation.run(recording, output, began)
 
 
 @dataclass
@@ -77,9 +80,8 @@ class _Revalidation:
     progress: Progress
     seed: int
 
-    def run(self, inputs: Any, output: OutputPicker | None, began: float) -> Plan:
+    def run(self, recording: Recording | None, output: OutputPicker | None, began: float) -> Plan:
         plan = self.plan
-        recording = None if inputs is None else self._recording(inputs)
         device = execution_device(self.model.get_submodule(plan.layers[0].name)).type if plan.layers else "cpu"
         environment = fingerprint.environment(str(device), fingerprint.source_digest(kernels))
         gone: dict[str, str] = {}  # candidates that are not known here, and why
@@ -135,7 +137,7 @@ class _Revalidation:
             progress=self.progress,
         )
 
-    def _recording(self, inputs: Any) -> Recording:
+    def recording(self, inputs: Any) -> Recording:
         calls = as_calls(inputs)
         with record(self.model, seed=self.seed) as recording, undisturbed(self.model):
             for args, kwargs in calls:

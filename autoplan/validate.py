@@ -40,6 +40,7 @@ _MIN_ROUNDS, _MAX_ROUNDS = 8, 40
 _GPU_WARM_UPS = 3  # calls that compile, that record a CUDA graph, and that replay it
 _SECONDS = 10.0  # for timing the whole model
 SHARE = 0.8  # of the float model's time: the rest could not turn the verdict, unless the plan were far slower there
+IN_AUTOCAST = "plan in autocast"  # a variant of the whole model
 _TOLERANCE = 0.01  # of the float model's score, where the caller of `evaluate` names none
 
 
@@ -191,6 +192,8 @@ def do_no_harm(
     variants = {"float": {}, "plan": whole.stand_ins(plan)}
     if [layer.chosen for layer in uniform] != [layer.chosen for layer in plan]:
         variants["uniform"] = whole.stand_ins(uniform)
+    if _could_gain_in_autocast(whole, plan):
+        variants[IN_AUTOCAST] = variants["plan"]
     with undisturbed(whole.model, eager=False):
         times = whole_model_times(
             whole.model,
@@ -217,7 +220,46 @@ def do_no_harm(
             f"interval {speedup.low:.2f} to {speedup.high:.2f}), so the float model is kept"
         )
         return _float_kept(plan, outcome, reason)
+    if (ratio := times.ratios.get(IN_AUTOCAST)) and outcome.versus_uniform == times.ratios.get("uniform"):
+        outcome = _advised(whole, explained_plan, budget, outcome, final, ratio)
     return explained_plan, outcome
+
+
+def _could_gain_in_autocast(whole: Whole, plan: Sequence[LayerPlan]) -> bool:
+    """Whether the model is float32, in no region of autocast, and bfloat16 was seen to make a layer of it faster."""
+    return all(item.autocast is None for item in whole.inputs) and any(
+        option.candidate == "bf16" and (option.us_high or math.inf) < layer.baseline_us
+        for layer in plan
+        if layer.dtype == "float32"
+        for option in layer.options
+    )
+
+
+def _advised(
+    whole: Whole,
+    plan: Sequence[LayerPlan],
+    budget: Budget,
+    outcome: Outcome,
+    final: Sequence[Reference],
+    ratio: Estimate,
+) -> Outcome:
+    """The outcome, with a note where the planned model is surely faster in a region of autocast, inside the budget."""
+    there = [replace(reference, model_input=_in_autocast(reference.model_input)) for reference in final]
+    with undisturbed(whole.model):
+        found = whole.measure(plan, there)
+    limit = math.inf if budget.divergence is None else budget.divergence
+    if ratio.high >= 1 or not (math.isfinite(found.bound) and found.bound <= limit):
+        return outcome
+    region = f'torch.autocast("{device_of_model(whole.model).type}", torch.bfloat16)'
+    note = (
+        f"inside {region} this plan takes {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] of its time, with "
+        f"divergence {found.value:.2g}: what is between the layers is faster there. Record and call the model inside it"
+    )
+    return _noted(outcome, note)
+
+
+def _in_autocast(model_input: ModelInput) -> ModelInput:
+    return replace(model_input, autocast="bfloat16")
 
 
 class _Jury:
@@ -336,6 +378,8 @@ def whole_model_times(
 ) -> WholeTimes:
     """Time of each variant of the model, and over that of the variant `baseline`: paired, one input per workload.
 
+    The variant IN_AUTOCAST, if there is one, is called in a region of autocast to bfloat16.
+
     With several workloads the ratios are weighted by what each workload takes, and the largest come first, until what
     was timed takes this `share` of the float model's time. Takes about `seconds` beside compiling, but never less than
     the rounds that an interval needs, and up to 40 rounds where the first ones leave open which is faster, the variant
@@ -350,7 +394,12 @@ def whole_model_times(
         functions, before = {name: graphs.separate(model) for name in variants}, graphs.written()
         try:
             calls = {
-                name: _timed(model, layers, _runner(functions[name], mode, device, len(examples) > 1), example)
+                name: _timed(
+                    model,
+                    layers,
+                    _runner(functions[name], mode, device, len(examples) > 1),
+                    _in_autocast(example) if name == IN_AUTOCAST else example,
+                )
                 for name, layers in variants.items()
             }
             results = _compared(calls, baseline, decisive, device, seconds / len(examples), seed)

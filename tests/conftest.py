@@ -74,6 +74,7 @@ class FakeTimer:
         self.baseline_us = 100.0
         self.model_ratio = 0.5
         self.uniform_ratio = 1.0  # time of the uniform plan / time of the plan
+        self.autocast_ratio = 1.0  # time of the plan in a region of autocast / outside of it
         self.raced: list[set[str]] = []  # the arms of every race, in turn
         self.comparisons = 0
 
@@ -94,7 +95,8 @@ class FakeTimer:
         self.comparisons += 1
         for call in calls.values():
             call()
-        ratios = {"plan": 1.0, "float": 1 / self.model_ratio, "uniform": self.uniform_ratio}
+        ratios = {"plan": 1.0, "float": 1 / self.model_ratio, "uniform": self.uniform_ratio,
+                  "plan in autocast": self.autocast_ratio}  # fmt: skip
         return {name: self._timing(name, name, ratios[name], exact=name == baseline) for name in calls}
 
     def _timing(self, name: str, group: str, ratio: float, exact: bool) -> Any:

@@ -470,6 +470,28 @@ def test_autocast_is_recorded_at_its_effective_dtype_and_works_after_planning(ti
     assert ((y - expected).float().norm() / expected.float().norm()) < 0.1
 
 
+def test_a_first_call_inside_autocast_is_planned_for_it_and_timed_outside(
+    timer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states, race = [], timer.race
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        states.append(torch.is_autocast_enabled("cpu"))
+        return race(*arguments, **options)
+
+    monkeypatch.setattr("autoplan.timing.race", watched)
+    model, x = autoplan(mlp(), budget=LOOSE, cache=False), inputs()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        y = model(x)
+        plan = plan_of(model).revalidate(mlp(), x, cache=False)
+    assert set(chosen(model).values()) == {"int8_dynamic"}
+    assert {call.dtype for layer in plan.layers for call in layer.calls} == {"bfloat16"}
+    assert ((y - expected).float().norm() / expected.float().norm()) < 0.1
+    assert states
+    assert not any(states)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models(timer: Any, dtype: torch.dtype) -> None:
     model, x = mlp(dtype), inputs(dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -248,6 +249,27 @@ def test_the_users_metric_gets_as_much_of_the_plan_as_it_accepts(timer: Any) -> 
     assert "evaluate() gave nan for the float model" in found.notes[-1]
     with pytest.raises(AutoplanError, match="must return a number, and returned str"):
         outcome(whole, plan, Budget(divergence=9.0), judge=(lambda model: "good", 0.0))
+
+
+def test_that_a_plan_is_faster_in_autocast_is_told_where_it_surely_is_inside_the_budget(timer: Any) -> None:
+    whole, layers = trial([1.0] * 2, candidates=("none", "bf16", "int4_g32"))
+    plan = choosing(layers, ["int4_g32"] * 2)
+    timer.autocast_ratio = 0.7
+    _, found = outcome(whole, plan, Budget(divergence=9.0))
+    assert 'torch.autocast("cpu", torch.bfloat16) this plan takes 0.70 [0.69, 0.71] of its time' in found.notes[1]
+    with undisturbed(whole.model):
+        outside = whole.measure(plan, held_out(whole)).value
+    (divergence,) = re.findall(r"divergence ([^:]+):", found.notes[1])
+    assert float(divergence) == pytest.approx(outside, rel=0.05)  # bfloat16 adds little to int4
+    _, found = outcome(whole, plan, Budget(divergence=0.5 * outside), pinned={"layers.0": "int4_g32"})
+    assert "autocast" not in "".join(found.notes)
+    slower = [replace(layer, baseline_us=1.0) for layer in plan]
+    inside = replace(whole, inputs=[replace(item, autocast="bfloat16") for item in whole.inputs])
+    timer.autocast_ratio = 0.999
+    assert outcome(whole, plan, Budget(divergence=9.0))[1].notes == ("before",)  # not surely
+    timer.autocast_ratio = 0.7
+    assert outcome(whole, slower, Budget(divergence=9.0))[1].notes == ("before",)  # bfloat16 is no faster here
+    assert outcome(inside, plan, Budget(divergence=9.0))[1].notes == ("before",)  # it is called there already
 
 
 def test_a_plan_that_the_final_split_forbids_loses_its_worst_contributors(timer: Any) -> None:

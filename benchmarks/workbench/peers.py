@@ -97,14 +97,20 @@ def plain(dtype: torch.dtype, compiled: bool) -> Make:
 
 
 def autocast(work: Workload) -> Made:
-    model = work.load(torch.float32)
+    return of_module(Autocast(work.load(torch.float32)), work, compiled=True)
 
-    def forward(**inputs: Tensor) -> Tensor:
+
+class Autocast(nn.Module):
+    """A model that is called in a region of autocast to bfloat16, and answers in float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            found: Tensor = model(**inputs)
-        return found
-
-    return Made(dict.fromkeys((s.name for s in work.scenarios), compile_(forward, work)), nbytes(model))
+            found: Tensor = self.model(**inputs)
+        return found.float()
 
 
 def quantize_dynamic(work: Workload) -> Made:
@@ -304,13 +310,15 @@ def as_logits(output: Tensor) -> dict[str, Tensor]:
     return {"logits": output}
 
 
-def autoplan(budget: str, dtype: torch.dtype | None = None) -> Make:
+def autoplan(
+    budget: str, dtype: torch.dtype | None = None, wrap: Callable[[nn.Module], nn.Module] | None = None
+) -> Make:
     """One plan for all scenarios."""
 
     def make(work: Workload) -> Made:
-        if dtype is work.dtype:
-            raise RuntimeError("the model is given in this dtype as it is")
-        model = work.load(dtype or work.dtype)
+        if work.dtype is BF16 and (dtype is BF16 or wrap is Autocast):
+            raise RuntimeError("the model is given in bfloat16 as it is")
+        model = wrap(work.load(dtype or work.dtype))
         with record(model) as recording:
             for scenario in work.scenarios:
                 with recording.workload(scenario.name, weight=scenario.weight):
@@ -341,7 +349,8 @@ PEERS = (
     Peer(OURS, autoplan("balanced"), TABLES),
     Peer("autoplan high", autoplan("high")),
     Peer("autoplan lossless", autoplan("lossless"), ["decoder"]),
-    Peer("autoplan balanced, given bfloat16", autoplan("balanced", BF16), [*ENCODERS, "language-model"]),
+    Peer("autoplan balanced, in autocast", autoplan("balanced", wrap=Autocast), [*ENCODERS, "language-model"]),
+    Peer("autoplan balanced, given bfloat16", autoplan("balanced", BF16)),
     Peer("autoplan high, given bfloat16", autoplan("high", BF16)),
     Peer("bfloat16 eager", plain(BF16, compiled=False)),
     Peer("float32 compiled", plain(F32, compiled=True), ["minilm-32x64", "layers"]),
