@@ -16,12 +16,11 @@ from autoplan.kernels import ops
 from autoplan.kernels.packing import Canonical, dequantize, quantize_grouped, quantize_per_channel, unpack_nibbles
 from autoplan.kernels.reference import linear_float64, relative_error
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TINY = 1e-30
 
 
 def _float_input(spec: ops.LinearSpec) -> str | None:
-    return None if spec.dtype in _FLOATS else f"input dtype {spec.dtype} is not float32, bfloat16 or float16"
+    return None if spec.dtype in ops.FLOATS else f"input dtype {spec.dtype} is not float32, bfloat16 or float16"
 
 
 def _multiple(spec: ops.LinearSpec, in_features: int = 1, out_features: int = 1) -> str | None:

@@ -121,7 +121,7 @@ def _call_directly() -> None:
         eps: float | None,
     ) -> Any:
         x, *norm = map(contiguous, [x, *norm])
-        direct = x.get_device().type == "cpu" and x.get_dtype() == dtype and not V.graph.cpp_wrapper
+        direct = x.get_device().type == "cpu" and x.get_dtype() in ops.FLOATS and not V.graph.cpp_wrapper
         if not direct or (norm and not ops.writes_in_place(program)):
             return as_op(x, packed, bias, program, out_features, dtype, activation, pieces, norm, eps)
         layout = ir.FixedLayout(x.get_device(), dtype, [x.get_size()[0], ops.width(out_features, activation)])
@@ -130,18 +130,21 @@ def _call_directly() -> None:
             settings = {"has_bias": bias is not None, "program": program, "activation": activation}
             settings |= {"pieces": tuple(pieces), "out_features": out_features, "dtype": dtype}
             return ir.TensorBox.create(Returning(layout, [x, *others], (), settings, "autoplan_inductor.run_linear"))
+        x_dtype = x.get_dtype()
         x, rows = memory(x)
         bias_dtype = None if bias is None else str(bias.get_dtype())
-        how = (program, str(dtype), bias_dtype, activation, tuple(pieces), rows, eps)
+        how = (program, str(dtype), bias_dtype, activation, tuple(pieces), rows, eps, str(x_dtype))
         return into(layout, [x, *others, *norm], "linear_writer", *how)
 
     def lower_pair(
         x: Any,
         packed: Any,
         bias: Any,
+        dtype: torch.dtype,
         activation: str,
         then: Any,
         then_bias: Any,
+        then_dtype: torch.dtype,
         kernel: str,
         out_features: int,
         norm: Sequence[Any],
@@ -149,14 +152,16 @@ def _call_directly() -> None:
     ) -> Any:
         x, *norm = map(contiguous, [x, *norm])
         if V.graph.cpp_wrapper or x.get_device().type != "cpu":
-            return pair_as_op(x, packed, bias, activation, then, then_bias, kernel, out_features, norm, eps)
-        dtype = x.get_dtype()
-        layout = ir.FixedLayout(x.get_device(), dtype, [x.get_size()[0], out_features])
+            return pair_as_op(
+                x, packed, bias, dtype, activation, then, then_bias, then_dtype, kernel, out_features, norm, eps
+            )
+        dtypes = (str(x.get_dtype()), str(dtype), str(then_dtype))
+        layout = ir.FixedLayout(x.get_device(), then_dtype, [x.get_size()[0], out_features])
         biases = [contiguous(tensor) for tensor in (bias, then_bias) if tensor is not None]
         others = [*map(ir.ExternKernel.realize_input, (packed, then)), *biases]
         x, rows = memory(x)
         bias_dtypes = tuple(None if tensor is None else str(tensor.get_dtype()) for tensor in (bias, then_bias))
-        return into(layout, [x, *others, *norm], "pair_writer", kernel, str(dtype), activation, bias_dtypes, rows, eps)
+        return into(layout, [x, *others, *norm], "pair_writer", kernel, dtypes, activation, bias_dtypes, rows, eps)
 
     lowering.register_lowering(LINEAR, type_promotion_kind=None)(lower)
     lowering.register_lowering(PAIR, type_promotion_kind=None)(lower_pair)
@@ -174,22 +179,25 @@ def linear_writer(
     pieces: tuple[int, ...],
     rows: int | None,
     eps: float | None,
+    x_dtype: str | None = None,
 ) -> ops.Write:
     """`ops.writer`."""
-    return ops.writer(program, _dtype(dtype), _dtype(bias_dtype), activation, pieces, rows, eps)
+    return ops.writer(program, _dtype(dtype), _dtype(bias_dtype), activation, pieces, rows, eps, _dtype(x_dtype))
 
 
 def pair_writer(
     kernel: str,
-    dtype: str,
+    dtypes: tuple[str, str, str],
     activation: str,
     bias_dtypes: tuple[str | None, str | None],
     rows: int | None,
     eps: float | None,
 ) -> ops.Write:
     """`ops.pair_writer`."""
+    x, between, out = dtypes
     first, then = bias_dtypes
-    return ops.pair_writer(kernel, _dtype(dtype), activation, (_dtype(first), _dtype(then)), rows, eps)
+    own = (_dtype(x), _dtype(between), _dtype(out))
+    return ops.pair_writer(kernel, own, activation, (_dtype(first), _dtype(then)), rows, eps)
 
 
 @overload

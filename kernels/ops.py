@@ -22,6 +22,9 @@ from autoplan.kernels.packing import Canonical, dequantize
 Packed = Sequence[Tensor]
 Run = Callable[[Tensor, Packed, Tensor | None, torch.dtype], Tensor]
 Write = Callable[..., None]  # see `Kernel.into`
+Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]  # see `Pair`
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that layers are given
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {  # in the order of `enum Activation` in native/simd.h
     "none": lambda y: y,
@@ -95,19 +98,21 @@ class Into(Protocol):
         pieces: tuple[int, ...] = (),
         rows: int | None = None,
         eps: float | None = None,
+        x_dtype: torch.dtype | None = None,
     ) -> Write: ...
 
 
 class Pair(NamedTuple):
     """How a kernel runs two layers in one call, the second on what the first one gives.
 
-    `into(dtype, activation, bias_dtypes, rows, eps)` gives the function that does it, of (x, packed, then, *biases,
+    `into(dtypes, activation, bias_dtypes, rows, eps)` gives the function that does it, of (x, packed, then, *biases,
     *norm, out=...): the weight of the first layer, which `activation` follows, that of the second, and the biases that
-    there are. All else is as in `Kernel.into`. `pays(rows, nbytes)` says whether that is faster than two calls, where
+    there are. `dtypes` are those of x, of what lies between the layers, and of out: that again, or float32. All else is
+    as in `Kernel.into`. `pays(rows, nbytes)` says whether that is faster than two calls, where
     both weights take so many bytes.
     """
 
-    into: Callable[[torch.dtype, str, tuple[torch.dtype | None, torch.dtype | None], int | None, float | None], Write]
+    into: Callable[[Dtypes, str, tuple[torch.dtype | None, torch.dtype | None], int | None, float | None], Write]
     pays: Callable[[int, int], bool]
 
 
@@ -120,14 +125,15 @@ class Kernel:
     fuse with their neighbours (the matrix product itself stays a custom op), for compiled graphs; all else runs whole
     behind the op `autoplan::linear`.
 
-    `into(dtype, bias_dtype, activation, pieces, rows, eps)`, where a kernel has it, gives a function of (x, *packed,
-    *bias, *norm, out=...) that writes what `run` returns into `out`, after the function that ACTIVATIONS or GATED (with
-    halves that are multiples of 32) has under that name; x and out are of `dtype`, and without a `bias_dtype` there is
-    no bias. So whatever does not change from call to call is looked up once. If it gets the sizes of `pieces`,
-    multiples of 32 that sum up to out_features, each piece of so many features lies in `out` by itself, contiguous, one
-    after another. Where the number of rows is given, x may have any shape of so many rows. With `eps`, `norm` is a
-    residual [rows, out_features], which is added, and the weight and the bias [out_features] of a layer norm that
-    follows, all of `dtype`; without, there is none.
+    `into(dtype, bias_dtype, activation, pieces, rows, eps, x_dtype)`, where a kernel has it, gives a function of
+    (x, *packed, *bias, *norm, out=...) that writes what `run` returns into `out`, after the function that
+    ACTIVATIONS or GATED (with halves that are multiples of 32) has under that name. out is of `dtype`, and so is x
+    unless `x_dtype` says another; without a `bias_dtype` there is no bias. So whatever does not change from call to
+    call is looked up once. If it gets the sizes of `pieces`, multiples of 32 that sum up to out_features, each
+    piece of so many features lies in `out` by itself, contiguous, one after another. Where the number of rows is
+    given, x may have any shape of so many rows. With `eps`, `norm` is a residual [rows, out_features], which is
+    added, and the weight and the bias [out_features] of a layer norm that follows, all of `dtype`; without, there
+    is none.
 
     `pair`, where a kernel has it, writes what two layers give, one after the other; their weights are one tensor each.
 
@@ -294,9 +300,10 @@ def run_linear(
         return torch.cat([piece.flatten() for piece in y.split(list(pieces), 1)]).view_as(y) if pieces else y
     out = x.new_empty((rows, width(out_features, activation)), dtype=dtype)
     if rows and kernel.into is not None:
-        if x.dtype is not dtype:
+        if x.dtype not in FLOATS:
             x = x.to(dtype)
-        write = kernel.into(dtype, None if bias is None else bias.dtype, activation, tuple(pieces), None, eps)
+        bias_dtype = None if bias is None else bias.dtype
+        write = kernel.into(dtype, bias_dtype, activation, tuple(pieces), None, eps, x.dtype)
         write(x, *packed[own], *([] if bias is None else [bias]), *norm, out=out)
     return out
 
@@ -309,6 +316,7 @@ def writer(
     pieces: tuple[int, ...],
     rows: int | None,
     eps: float | None,
+    x_dtype: torch.dtype | None = None,
 ) -> Write:
     """`Kernel.into` of a program that `writes_in_place`: the function runs whichever kernel its rows are for.
 
@@ -319,7 +327,7 @@ def writer(
     for kernel in kernels:
         if kernel.into is None:
             raise KernelError(f"kernel {kernel.name!r} does not write into an output that it is given")
-        writes.append(kernel.into(dtype, bias_dtype, activation, pieces, rows, eps))
+        writes.append(kernel.into(dtype, bias_dtype, activation, pieces, rows, eps, x_dtype))
     if len(writes) == 1:
         return writes[0]
     held = max(own.stop for own in slices)
@@ -386,7 +394,7 @@ define_op(
 
 def pair_writer(
     kernel: str,
-    dtype: torch.dtype,
+    dtypes: Dtypes,
     activation: str,
     bias_dtypes: tuple[torch.dtype | None, torch.dtype | None],
     rows: int | None,
@@ -396,33 +404,36 @@ def pair_writer(
     pair = find_kernel(kernel).pair
     if pair is None:
         raise KernelError(f"kernel {kernel!r} does not run two layers in one call")
-    return pair.into(dtype, activation, bias_dtypes, rows, eps)
+    return pair.into(dtypes, activation, bias_dtypes, rows, eps)
 
 
 def _pair(
     x: Tensor,
     packed: Tensor,
     bias: Tensor | None,
+    dtype: torch.dtype,
     activation: str,
     then: Tensor,
     then_bias: Tensor | None,
+    then_dtype: torch.dtype,
     kernel: str,
     out_features: int,
     norm: Sequence[Tensor],
     eps: float | None,
 ) -> Tensor:
-    out = x.new_empty((x.shape[0], out_features))
+    out = x.new_empty((x.shape[0], out_features), dtype=then_dtype)
     bias_dtypes = (None if bias is None else bias.dtype, None if then_bias is None else then_bias.dtype)
     biases = [tensor for tensor in (bias, then_bias) if tensor is not None]
-    pair_writer(kernel, x.dtype, activation, bias_dtypes, None, eps)(x, packed, then, *biases, *norm, out=out)
+    write = pair_writer(kernel, (x.dtype, dtype, then_dtype), activation, bias_dtypes, None, eps)
+    write(x, packed, then, *biases, *norm, out=out)
     return out
 
 
 define_op(
-    "pair(Tensor x, Tensor packed, Tensor? bias, str activation, Tensor then, Tensor? then_bias, str kernel, "
-    "int out_features, Tensor[] norm, float? eps) -> Tensor",
+    "pair(Tensor x, Tensor packed, Tensor? bias, ScalarType dtype, str activation, Tensor then, Tensor? then_bias, "
+    "ScalarType then_dtype, str kernel, int out_features, Tensor[] norm, float? eps) -> Tensor",
     _pair,
-    lambda x, *others: x.new_empty((x.shape[0], others[6])),
+    lambda x, *others: x.new_empty((x.shape[0], others[8]), dtype=others[6]),
 )
 
 

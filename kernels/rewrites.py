@@ -9,7 +9,10 @@ Gates: where one half of a layer's output, after an activation, is multiplied wi
 projections that run as one product, the kernel does that and writes half as much.
 
 Norms: where all that the output of a layer is used for is to be added to a residual and normalized (as BERT does), the
-kernel does that to rows while they are in a cache.
+kernel does that to rows while they are in a cache. In a region of autocast the residual is float32; so is the output.
+
+Casts: where a layer is given a narrower copy of what has to be in memory as it is, as in a region of autocast what is a
+residual as well, the kernel reads that itself.
 
 Pieces: the product of siblings is written piece by piece, each with its bias, as each layer would have written its own.
 Otherwise it would be read and written again to have pieces that are contiguous and have a bias.
@@ -24,7 +27,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
@@ -35,12 +38,14 @@ from torch import Tensor, fx
 from autoplan.kernels import ops
 
 LINEAR, PAIR = torch.ops.autoplan.linear.default, torch.ops.autoplan.pair.default
+_CAST = torch.ops.prims.convert_element_type.default
 _RESHAPES = (torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 _logger = logging.getLogger(__name__)
 
 
 def rewrite(layer: fx.Node) -> None:
-    """Take into a call of `autoplan::linear` what its kernel can do of what comes after it."""
+    """Take into a call of `autoplan::linear` what its kernel can do of what comes before and after it."""
+    read_wide(layer)
     if gate(layer):
         return
     fuse(layer)
@@ -53,6 +58,49 @@ def _output(layer: fx.Node) -> fx.Node:
     if len(layer.users) == 1 and (use := next(iter(layer.users))).target in _RESHAPES:
         return use
     return layer
+
+
+# Casts.
+
+
+def read_wide(layer: fx.Node) -> None:
+    """Have a layer read what was cast for it and for other layers alone, if that is in memory anyhow: for later."""
+    given = cast("fx.Node", layer.args[0])
+    narrow = cast("fx.Node", given.args[0]) if given.target in _RESHAPES else given
+    if narrow.target is not _CAST or not _only_layers_read(narrow):
+        return
+    source = cast("fx.Node", narrow.args[0])
+    if source.meta["val"].dtype not in ops.FLOATS:
+        return
+    if source.op != "placeholder" and not _leads_to(layer, source.users):
+        return
+    with layer.graph.inserting_before(layer):
+        wide = source
+        if given is not narrow:
+            wide = _call(layer.graph, torch.ops.aten.reshape.default, source, list(given.meta["val"].shape))
+    layer.args = (wide, *layer.args[1:])
+    for gone in dict.fromkeys((given, narrow)):
+        if not gone.users:
+            layer.graph.erase_node(gone)
+
+
+def _leads_to(node: fx.Node, ends: Collection[fx.Node], most: int = 200) -> bool:
+    """Whether one of `ends` depends on a node; as far as so many others that do show."""
+    found, seen = [node], {node}
+    for one in itertools.islice(found, most):  # which grows
+        if one in ends:
+            return True
+        found += [use for use in one.users if use not in seen]
+        seen.update(one.users)
+    return False
+
+
+def _only_layers_read(node: fx.Node) -> bool:
+    """Whether all that it is used for is to be what layers are given, also in other shapes."""
+    return all(
+        _only_layers_read(use) if use.target in _RESHAPES else use.target is LINEAR and use.args[0] is node
+        for use in node.users
+    )
 
 
 # Activation functions.
@@ -190,13 +238,14 @@ def _gated_looks(dtype: torch.dtype) -> dict[str, str]:
 def normalize(layer: fx.Node) -> bool:
     """Have a layer add the residual and do the layer norm that come after it, if that is all that becomes of it."""
     output = _output(layer)
-    shape, dtype = _sizes(output), layer.meta["val"].dtype
+    shape = _sizes(output)
     if len(output.users) != 1 or not shape or shape[-1] != layer.args[4]:
         return False
     total = next(iter(output.users))
     residual = _added(total, output)
     if residual is None:
         return False
+    dtype = total.meta["val"].dtype
     within, given, numbers = {total: "y"}, dict[fx.Node, str](), []
     for node in _following(total):
         others = [source for source in node.all_input_nodes if source not in within]
@@ -233,10 +282,11 @@ def _take_norm(layer: fx.Node, output: fx.Node, norm: list[fx.Node], eps: float,
     *between, last = within
     if any(use not in within for node in between for use in node.users):
         return False
-    if {node.meta["val"].dtype for node in norm} != {layer.meta["val"].dtype}:
+    dtype = last.meta["val"].dtype  # the residual's, which may be wider than the layer's
+    if {node.meta["val"].dtype for node in norm} != {dtype}:
         return False
     with last.graph.inserting_before(last):
-        own = _call(last.graph, LINEAR, *layer.args[:8], norm, eps)
+        own = _call(last.graph, LINEAR, *layer.args[:5], dtype, *layer.args[6:8], norm, eps)
         if output is not layer:
             own = _call(last.graph, torch.ops.aten.reshape.default, own, list(output.meta["val"].shape))
     last.replace_all_uses_with(own)
@@ -266,9 +316,9 @@ class _Piece(NamedTuple):
 
     start: int
     size: int
-    slice: fx.Node
     own: fx.Node
     bias: fx.Node | None
+    between: tuple[fx.Node, ...]  # what own was made of
 
 
 def split(layer: fx.Node) -> None:
@@ -302,8 +352,8 @@ def split(layer: fx.Node) -> None:
             own = call(aten.reshape.default, own, list(piece.own.meta["val"].shape))
             piece.own.replace_all_uses_with(own)
     for piece in pieces:
-        layer.graph.erase_node(piece.own)
-        layer.graph.erase_node(piece.slice)
+        for gone in (piece.own, *reversed(piece.between)):
+            layer.graph.erase_node(gone)
     if output is not layer:
         layer.graph.erase_node(output)
     layer.graph.erase_node(layer)
@@ -334,9 +384,7 @@ def _piece(use: fx.Node, features: int) -> _Piece | None:
     if part is None or len(use.users) != 1:
         return None
     value, own = use.meta["val"], next(iter(use.users))
-    if own.op == "output" or own.meta["val"].dtype != value.dtype:
-        return None
-    found = _Piece(part[0], value.shape[-1], use, own, None)
+    found = _Piece(part[0], value.shape[-1], own, None, (use,))
     if _copies(own):
         return found
     if own.target is not aten.add.Tensor or own.kwargs or own.args[0] is not use:
@@ -344,7 +392,15 @@ def _piece(use: fx.Node, features: int) -> _Piece | None:
     bias = own.args[1]
     if not isinstance(bias, fx.Node) or bias.op not in ("placeholder", "get_attr"):
         return None
-    return found._replace(bias=bias) if bias.meta["val"].shape == value.shape[-1:] else None
+    if bias.meta["val"].shape != value.shape[-1:]:
+        return None
+    found = found._replace(bias=bias)
+    if own.meta["val"].dtype == value.dtype:
+        return found
+    rounded = next(iter(own.users))  # from the dtype of a bias that is wider
+    if len(own.users) > 1 or rounded.op == "output" or rounded.meta["val"].dtype != value.dtype:
+        return None
+    return found._replace(own=rounded, between=(use, own)) if rounded.target is _CAST else None
 
 
 # Pairs.
@@ -363,7 +419,7 @@ def join(layer: fx.Node) -> bool:
     then_activation, pieces, norm, eps = after
     value = layer.meta["val"]
     rows = value.shape[0]
-    if not isinstance(rows, int) or {x.meta["val"].dtype, dtype, then_dtype} != {dtype}:
+    if not isinstance(rows, int) or then_dtype not in (dtype, torch.float32):
         return False
     if then_activation != "none" or pieces or chain[-1] in norm or chain[-1].meta["val"].shape != value.shape:
         return False
@@ -375,7 +431,8 @@ def join(layer: fx.Node) -> bool:
     if not all(isinstance(size, int) for size in sizes) or not kernel.pair.pays(rows, sum(sizes)):
         return False
     with then.graph.inserting_before(then):
-        arguments = (x, held[0], bias, activation, held[1], then_bias, kernel.name, features, norm, eps)
+        first, second = (x, held[0], bias, dtype, activation), (held[1], then_bias, then_dtype)
+        arguments = (*first, *second, kernel.name, features, norm, eps)
         then.replace_all_uses_with(_call(then.graph, PAIR, *arguments))
     for node in (then, *reversed(chain)):
         node.graph.erase_node(node)

@@ -311,7 +311,7 @@ def as_logits(output: Tensor) -> dict[str, Tensor]:
 
 
 def autoplan(
-    budget: str, dtype: torch.dtype | None = None, wrap: Callable[[nn.Module], nn.Module] | None = None
+    budget: str, dtype: torch.dtype | None = None, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
 ) -> Make:
     """One plan for all scenarios."""
 

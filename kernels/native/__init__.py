@@ -185,6 +185,7 @@ class _Call(ctypes.Structure):
     """`struct Call` of product.h."""
 
     _fields_ = (
+        ("x_dtype", ctypes.c_int),
         ("dtype", ctypes.c_int),
         ("bias_dtype", ctypes.c_int),
         ("activation", ctypes.c_int),
@@ -195,6 +196,7 @@ class _Call(ctypes.Structure):
 
 
 def _call(
+    x_dtype: torch.dtype,
     dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
     activation: str,
@@ -202,7 +204,8 @@ def _call(
     eps: float | None = None,
 ) -> Any:  # a reference, as ctypes hands it on
     code = _ACTIVATIONS[ops.GATED.get(activation, activation)]
-    call = _Call(_CODES[dtype], _CODES[bias_dtype or dtype], code, activation in ops.GATED, eps=eps or 0.0)
+    dtypes = (_CODES[own] for own in (x_dtype, dtype, bias_dtype or dtype))
+    call = _Call(*dtypes, code, activation in ops.GATED, eps=eps or 0.0)
     if pieces:
         call.pieces = (ctypes.c_int64 * len(pieces))(*pieces)
     return ctypes.byref(call)
@@ -210,14 +213,16 @@ def _call(
 
 @functools.cache
 def _pair_into(
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     activation: str,
     bias_dtypes: tuple[torch.dtype | None, torch.dtype | None],
     rows: int | None = None,
     eps: float | None = None,
 ) -> ops.Write:
     run, threads = library().autoplan_int8_pair, torch.get_num_threads
-    call, then_call = _call(dtype, bias_dtypes[0], activation), _call(dtype, bias_dtypes[1], "none", eps=eps)
+    x_dtype, between, dtype = dtypes
+    call = _call(x_dtype, between, bias_dtypes[0], activation)
+    then_call = _call(between, dtype, bias_dtypes[1], "none", eps=eps)
     has_bias, then_has_bias = (bias_dtype is not None for bias_dtype in bias_dtypes)
     count = has_bias + then_has_bias
 
@@ -259,9 +264,10 @@ def _register(
         pieces: tuple[int, ...] = (),
         rows: int | None = None,
         eps: float | None = None,
+        x_dtype: torch.dtype | None = None,
     ) -> ops.Write:
         run, threads = getattr(library(), function), torch.get_num_threads
-        call = _call(dtype, bias_dtype, activation, pieces, eps)
+        call = _call(x_dtype or dtype, dtype, bias_dtype, activation, pieces, eps)
 
         def write(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, out: Tensor) -> None:
             if run(
@@ -283,7 +289,8 @@ def _register(
 
     def run(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         out = x.new_empty((x.shape[0], _sizes(packed)[0]), dtype=dtype)
-        into(dtype, None if bias is None else bias.dtype, "none")(x.to(dtype), *packed, bias, out=out)
+        write = into(dtype, None if bias is None else bias.dtype, "none", x_dtype=x.dtype)
+        write(x, *packed, bias, out=out)
         return out
 
     def supports(spec: ops.LinearSpec) -> str | None:

@@ -41,6 +41,13 @@ void quantize(const void* x, int64_t row, int64_t in_features, char* codes, int6
   }
 }
 
+template <bool DEALT>
+void quantize(const Input& from, int64_t row, int64_t in_features, char* codes, int64_t stride, char excess, float* scale) {
+  as_constant(from.dtype, [&](auto dtype) {
+    quantize<decltype(dtype)::value, DEALT>(from.x, row, in_features, codes, stride, excess, scale);
+  });
+}
+
 // Weights as strips of int8 tiles. `strip(s, scratch, &start)` is the s-th one; `start` are its sums' first values.
 
 struct Int8Weight {
@@ -168,7 +175,7 @@ constexpr int64_t FEW_WEIGHTS = 1 << 20;  // bytes of weights that do
 
 // Each thread takes rows, when it can keep the weights close or the rows are many; else each takes output channels.
 template <class Weight, int DTYPE>
-void run_many(const void* x, const Weight& weight, Epilogue e, int64_t rows, int64_t in_features, int threads) {
+void run_many(const Input& x, const Weight& weight, Epilogue e, int64_t rows, int64_t in_features, int threads) {
   const int64_t steps = ceil_div(in_features, 64), strips = ceil_div(e.out_features, STRIP);
   const int64_t blocks = ceil_div(rows, BLOCK_ROWS), block_bytes = 2 * steps * TILE;
   const bool ready = !weight.scratch_bytes(), many = blocks >= 32 * threads;
@@ -190,8 +197,8 @@ void run_many(const void* x, const Weight& weight, Epilogue e, int64_t rows, int
     char* const own = codes + (by_rows ? thread * group * block_bytes : 0);
     const auto quantize_rows = [&](int64_t from, int64_t to, int64_t origin) {
       for (int64_t r = from; r < to; r++)
-        quantize<DTYPE, Weight::dealt>(x, r, in_features, own + (r - origin) / 16 * steps * TILE + r % 16 * 64, TILE, EXCESS,
-                                       row_scale + r);
+        quantize<Weight::dealt>(x, r, in_features, own + (r - origin) / 16 * steps * TILE + r % 16 * 64, TILE, EXCESS,
+                                row_scale + r);
     };
     Products<Int8, DTYPE> products(e, rows);
     if (!by_rows) {
@@ -292,13 +299,13 @@ void few(const char* x, int64_t stride, const float* sums, const GroupedWeight<B
 }
 
 template <class Weight, int DTYPE>
-void run_few(const void* x, const Weight& w, Epilogue e, int64_t rows, int64_t in_features, int threads) {
+void run_few(const Input& x, const Weight& w, Epilogue e, int64_t rows, int64_t in_features, int threads) {
   const int64_t stride = ceil_div(in_features, 64) * 64, groups = w.groups(), size = groups ? in_features / groups : 0;
   char* const codes = scratch(rows * (stride + (groups + 1) * 4));
   float *const sums = (float*)(codes + rows * stride), *const row_scale = sums + rows * groups;
   for (int64_t r = 0; r < rows; r++) {
     char* const own = codes + r * stride;
-    quantize<DTYPE, Weight::dealt>(x, r, in_features, own, 64, w.dealt ? 0 : (char)128, row_scale + r);
+    quantize<Weight::dealt>(x, r, in_features, own, 64, w.dealt ? 0 : (char)128, row_scale + r);
     for (int64_t g = 0; g < groups; g++) {
       __m512i sum = _mm512_setzero_si512();
       for (int64_t k = g * size; k < (g + 1) * size; k += 16)
@@ -325,12 +332,12 @@ void run_few(const void* x, const Weight& w, Epilogue e, int64_t rows, int64_t i
 template <int DTYPE>
 class PanelProducts {
  public:
-  PanelProducts(const void* x, const Int8Weight& w, const Epilogue& e, int64_t rows, int64_t in_features)
+  PanelProducts(const Input& x, const Int8Weight& w, const Epilogue& e, int64_t rows, int64_t in_features)
       : e_(e), tiles_(w.tiles), rows_(rows), column_bytes_(w.strip_bytes / 2) {
     panel_ = scratch(column_bytes_ + rows * 4);
     float* const row_scale = (float*)(panel_ + column_bytes_);
     for (int64_t r = 0; r < rows; r++)
-      quantize<DTYPE, false>(x, r, in_features, panel_ + r * 64, TILE, 0, row_scale + r);
+      quantize<false>(x, r, in_features, panel_ + r * 64, TILE, 0, row_scale + r);
     e_.row_scale = row_scale;
     product_begin();
   }
@@ -394,14 +401,14 @@ class PanelProducts {
 };
 
 template <int DTYPE>
-void run_panel(const void* x, const Int8Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
+void run_panel(const Input& x, const Int8Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
   by_columns<4>(e, threads, [&] { return PanelProducts<DTYPE>(x, w, e, rows, in_features); });
 }
 
 #endif
 
 template <class Weight, int DTYPE>
-void run(const void* x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
+void run(const Input& x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
 #ifdef __AMX_INT8__
   constexpr bool panel = !Weight::dealt;
 #else
@@ -422,10 +429,10 @@ constexpr int64_t BETWEEN = 256 << 10;  // bytes of what lies between two layers
 
 // Two layers, one after the other: each thread takes rows through both, a group at a time, so that what lies between
 // them neither leaves its caches nor waits for the other threads.
-template <int DTYPE>
-void run_pair(const void* x, const Packed& first, const Packed& second, Epilogue e, Epilogue after, int64_t rows, int threads) {
+template <int BETWEEN_DTYPE, int DTYPE>
+void run_pair(const Input& x, const Packed& first, const Packed& second, Epilogue e, Epilogue after, int64_t rows, int threads) {
   const Int8Weight weights[2] = {int8_weight(first), int8_weight(second)};
-  const int64_t between = first.out_features, line = between * bytes_of(DTYPE), blocks = ceil_div(rows, BLOCK_ROWS);
+  const int64_t between = first.out_features, line = between * bytes_of(BETWEEN_DTYPE), blocks = ceil_div(rows, BLOCK_ROWS);
   const int64_t steps[2] = {ceil_div(first.in_features, 64), ceil_div(between, 64)};
   const int64_t most = BETWEEN / (BLOCK_ROWS * line), group = most > 1 ? most : 1;
   const int64_t codes_bytes = group * 2 * TILE * (steps[0] > steps[1] ? steps[0] : steps[1]);
@@ -437,12 +444,12 @@ void run_pair(const void* x, const Packed& first, const Packed& second, Epilogue
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
     char *const codes = shared + thread * own_bytes, *const middle = codes + codes_bytes;
-    const auto multiplied = [&](int layer, const void* from, int64_t origin, const Epilogue& to, int64_t of, int64_t row, int64_t end) {
+    const auto multiplied = [&](auto dtype, int layer, const Input& from, int64_t origin, const Epilogue& to, int64_t of, int64_t row, int64_t end) {
       const Packed& packed = layer ? second : first;
       for (int64_t r = row; r < end; r++)
-        quantize<DTYPE, false>(from, r - origin, packed.in_features, codes + (r - row) / 16 * steps[layer] * TILE + (r - row) % 16 * 64,
-                               TILE, EXCESS, row_scale + r);
-      Products<Int8, DTYPE> products(to, of);
+        quantize<false>(from, r - origin, packed.in_features, codes + (r - row) / 16 * steps[layer] * TILE + (r - row) % 16 * 64,
+                        TILE, EXCESS, row_scale + r);
+      Products<Int8, decltype(dtype)::value> products(to, of);
       for (int64_t s = 0; s < ceil_div(packed.out_features, STRIP); s++) {
         products.channels(s * STRIP);
         const int32_t* start;
@@ -458,8 +465,8 @@ void run_pair(const void* x, const Packed& first, const Packed& second, Epilogue
       const int64_t end = to < rows ? to : rows;
       Epilogue own = e;
       own.y = middle, own.row_scale = row_scale + row;
-      multiplied(0, x, 0, own, end - row, row, end);
-      multiplied(1, middle, row, after, rows, row, end);
+      multiplied(std::integral_constant<int, BETWEEN_DTYPE>(), 0, x, 0, own, end - row, row, end);
+      multiplied(std::integral_constant<int, DTYPE>(), 1, {middle, BETWEEN_DTYPE}, row, after, rows, row, end);
       if (after.norm.residual) normalize<DTYPE>(after, row, end);
     }
   }
@@ -471,9 +478,9 @@ void run_as(const Call& call, const void* x, const Weight& weight, const Packed&
   const Epilogue e = {nullptr, weight.scale, bias, call.bias_dtype, out, packed.out_features, 1, call.activation,
                       call.gated != 0, call.pieces, norm};
   threads = team_for(rows, packed.out_features, packed.in_features, threads);
-  if (call.dtype == FLOAT32) return run<Weight, FLOAT32>(x, weight, e, rows, packed.in_features, threads);
-  if (call.dtype == BFLOAT16) return run<Weight, BFLOAT16>(x, weight, e, rows, packed.in_features, threads);
-  run<Weight, FLOAT16>(x, weight, e, rows, packed.in_features, threads);
+  as_constant(call.dtype, [&](auto dtype) {
+    run<Weight, decltype(dtype)::value>({x, call.x_dtype}, weight, e, rows, packed.in_features, threads);
+  });
 }
 
 }  // namespace
@@ -512,7 +519,8 @@ extern "C" int autoplan_grouped_dynamic(const Call* call, const void* x, const P
   });
 }
 
-// The first layer with its activation, then the second one: both int8, dynamic. Each thread takes rows.
+// The first layer with its activation, then the second one: both int8, dynamic. Each thread takes rows. What lies between
+// them is in the first one's dtype; out is in that as well, or in float32.
 extern "C" int autoplan_int8_pair(const Call* call, const Call* then_call, const void* x, const Packed* packed, const void* bias,
                                   const Packed* then, const void* then_bias, void* out, int64_t rows, int threads,
                                   const void* residual, const void* norm_weight, const void* norm_bias) {
@@ -522,6 +530,12 @@ extern "C" int autoplan_int8_pair(const Call* call, const Call* then_call, const
   const Norm norm = {residual, norm_weight, norm_bias, then_call->eps};
   const Epilogue after = {nullptr, (const float*)then->scale(), then_bias, then_call->bias_dtype, out, then->out_features, 1,
                           then_call->activation, false, nullptr, norm};
-  const auto run = call->dtype == FLOAT32 ? run_pair<FLOAT32> : call->dtype == BFLOAT16 ? run_pair<BFLOAT16> : run_pair<FLOAT16>;
-  return done([&] { run(x, *packed, *then, e, after, rows, threads); });
+  const Input input = {x, call->x_dtype};
+  return done([&] {
+    as_constant(call->dtype, [&](auto dtype) {
+      constexpr int between = decltype(dtype)::value;
+      const auto run = then_call->dtype == FLOAT32 ? run_pair<between, FLOAT32> : run_pair<between, between>;
+      run(input, *packed, *then, e, after, rows, threads);
+    });
+  });
 }

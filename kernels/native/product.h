@@ -179,9 +179,15 @@ static inline void multiply(const char* block, int64_t rows, const char* strip, 
 
 #endif
 
+// What a weight is multiplied with: [rows, in_features].
+struct Input {
+  const void* x;
+  int dtype;
+};
+
 // What a call asks for beside its tensors.
 struct Call {
-  int dtype, bias_dtype, activation, gated;  // dtypes: of x and out; of the bias, if there is one
+  int x_dtype, dtype, bias_dtype, activation, gated;  // dtypes: of x; of out; of the bias, if there is one
   const int64_t* pieces;              // as Epilogue says
   float eps;                          // as Norm says
 };

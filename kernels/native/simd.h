@@ -6,12 +6,21 @@
 #include <string.h>
 #include <algorithm>
 #include <new>
+#include <type_traits>
 
 #if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512VL__) || !defined(__AVX512VNNI__)
 #error "this CPU has no AVX-512 VNNI"
 #endif
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+// `work` of the dtype as a constant.
+template <class Work>
+static inline void as_constant(int dtype, const Work& work) {
+  if (dtype == FLOAT32) return work(std::integral_constant<int, FLOAT32>());
+  if (dtype == BFLOAT16) return work(std::integral_constant<int, BFLOAT16>());
+  work(std::integral_constant<int, FLOAT16>());
+}
 
 constexpr int64_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 

@@ -87,14 +87,14 @@ void few(const float* x, int64_t stride, const float* group_sums, const Weight& 
 }
 
 template <class Kind, int DTYPE>
-void run_few(const void* x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
+void run_few(const Input& x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
   const int64_t groups = w.groups();
   float* const values = (float*)scratch(rows * (w.in_features + groups) * 4);  // x in float32, and its sums per group
   float* const sums = values + rows * w.in_features;
   for (int64_t r = 0; r < rows; r++) {
     for (int64_t k = 0; k < w.in_features; k += 16)
       _mm512_storeu_ps(values + r * w.in_features + k,
-                       k < in_features ? load<DTYPE>(x, r * in_features + k, lanes(in_features - k)) : _mm512_setzero_ps());
+                       k < in_features ? load(x.dtype, x.x, r * in_features + k, lanes(in_features - k)) : _mm512_setzero_ps());
     if (w.zero_point)
       for (int64_t g = 0; g < groups; g++) {
         __m512 sum = _mm512_setzero_ps();
@@ -141,7 +141,7 @@ void dequantize(const Weight& w, int64_t channel, char* tiles) {
 constexpr int64_t GROUP = 2 << 20;  // bytes of activations between which weights are dequantized anew
 
 template <class Kind, int DTYPE>
-void run_many(const void* x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
+void run_many(const Input& x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
   const int64_t steps = ceil_div(w.in_features, 32), strips = ceil_div(e.out_features, STRIP);
   const int64_t blocks = ceil_div(rows, BLOCK_ROWS), block_bytes = 2 * steps * TILE;
   const int64_t group = GROUP / block_bytes > 4 ? GROUP / block_bytes : 4;
@@ -160,7 +160,7 @@ void run_many(const void* x, const Weight& w, const Epilogue& e, int64_t rows, i
         for (int64_t k = 0; k < steps * 32; k += 32, to += TILE)
           for (int64_t half = 0; half < 32; half += 16) {
             const int64_t left = in_features - k - half;
-            const __m512 v = left > 0 ? load<DTYPE>(x, r * in_features + k + half, lanes(left)) : _mm512_setzero_ps();
+            const __m512 v = left > 0 ? load(x.dtype, x.x, r * in_features + k + half, lanes(left)) : _mm512_setzero_ps();
             _mm256_store_si256((__m256i*)(to + 2 * half), narrow_bf16(v));
           }
       }
@@ -183,7 +183,7 @@ void run_many(const void* x, const Weight& w, const Epilogue& e, int64_t rows, i
 constexpr int64_t FEW_ROWS = 6;
 
 template <class Kind, int DTYPE>
-void run(const void* x, const Weight& w, Epilogue e, int64_t rows, int64_t in_features, int threads) {
+void run(const Input& x, const Weight& w, Epilogue e, int64_t rows, int64_t in_features, int threads) {
   if (rows <= FEW_ROWS) {
     run_few<Kind, DTYPE>(x, w, e, rows, in_features, threads);
   } else {
@@ -199,9 +199,9 @@ void run_as(const Call& call, const void* x, const Weight& w, const Packed& pack
   const Epilogue e = {nullptr, nullptr, bias, call.bias_dtype, out, packed.out_features, 1, call.activation,
                       call.gated != 0, call.pieces, norm};
   threads = team_for(rows, packed.out_features, packed.in_features, threads);
-  if (call.dtype == FLOAT32) return run<Kind, FLOAT32>(x, w, e, rows, packed.in_features, threads);
-  if (call.dtype == BFLOAT16) return run<Kind, BFLOAT16>(x, w, e, rows, packed.in_features, threads);
-  run<Kind, FLOAT16>(x, w, e, rows, packed.in_features, threads);
+  as_constant(call.dtype, [&](auto dtype) {
+    run<Kind, decltype(dtype)::value>({x, call.x_dtype}, w, e, rows, packed.in_features, threads);
+  });
 }
 
 }  // namespace

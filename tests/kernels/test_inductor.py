@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ from autoplan.errors import KernelError
 from autoplan.kernels import find_kernel, native, ops, packing
 from autoplan.layers import PlannedLinear
 from autoplan.siblings import join
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 _MISSING = find_kernel("fused_int8").probe()
 pytestmark = pytest.mark.skipif(bool(_MISSING), reason=_MISSING or "")
@@ -585,31 +588,36 @@ def test_a_norm_after_two_layers_in_one_call(dtype: torch.dtype) -> None:
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16), (F32, BF16, F32), (BF16, BF16, F32), (F16, BF16, BF16)],
+)
 @pytest.mark.parametrize(("rows", "sizes"), [(1, (8, 8, 8)), (33, (20, 70, 40)), (300, (384, 1536, 384))])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_pair_gives_what_two_calls_give(
-    dtype: torch.dtype, rows: int, sizes: tuple[int, int, int], bias: bool
+    dtypes: ops.Dtypes, rows: int, sizes: tuple[int, int, int], bias: bool
 ) -> None:
+    x_dtype, between_dtype, dtype = dtypes
     kernel, (before, between, after) = find_kernel("fused_int8"), sizes
     weights = torch.randn(between, before) / before**0.5, torch.randn(after, between) / between**0.5
     (first,), (then,) = (kernel.layout.pack(packing.quantize_per_channel(weight, torch.int8)) for weight in weights)
     biases = [torch.randn(between), torch.randn(after).to(dtype)] if bias else []
     own, then_own = biases or (None, None)
     bias_dtypes = (torch.float32, dtype) if bias else (None, None)
-    x = torch.randn(rows, before).to(dtype)
+    x = torch.randn(rows, before).to(x_dtype)
     for activation in ops.ACTIVATIONS:
-        middle, expected, y = (torch.empty(rows, size, dtype=dtype) for size in (between, after, after))
+        middle = torch.empty(rows, between, dtype=between_dtype)
+        expected, y = torch.empty(2, rows, after, dtype=dtype)
         assert kernel.into is not None
-        kernel.into(dtype, bias_dtypes[0], activation)(x, first, own, out=middle)
-        kernel.into(dtype, bias_dtypes[1], "none")(middle, then, then_own, out=expected)
-        ops.pair_writer("fused_int8", dtype, activation, bias_dtypes, rows, None)(x, first, then, *biases, out=y)
+        kernel.into(between_dtype, bias_dtypes[0], activation, x_dtype=x_dtype)(x, first, own, out=middle)
+        kernel.into(dtype, bias_dtypes[1], "none", x_dtype=between_dtype)(middle, then, then_own, out=expected)
+        ops.pair_writer("fused_int8", dtypes, activation, bias_dtypes, rows, None)(x, first, then, *biases, out=y)
         assert torch.equal(y, expected)
     norm = [torch.randn(rows, after).to(dtype), torch.randn(after).to(dtype), torch.randn(after).to(dtype)]
-    ops.pair_writer("fused_int8", dtype, activation, bias_dtypes, rows, 1e-3)(x, first, then, *biases, *norm, out=y)
+    ops.pair_writer("fused_int8", dtypes, activation, bias_dtypes, rows, 1e-3)(x, first, then, *biases, *norm, out=y)
     torch.testing.assert_close(y, normalized(expected, *norm, 1e-3), **ROUNDING[dtype])
     with pytest.raises(KernelError, match="'tiled_int8' does not run two layers"):
-        ops.pair_writer("tiled_int8", dtype, "none", bias_dtypes, None, None)
+        ops.pair_writer("tiled_int8", dtypes, "none", bias_dtypes, None, None)
 
 
 @pytest.mark.usefixtures("pairs_pay")
@@ -664,6 +672,100 @@ def test_a_pair_pays_where_both_weights_stay_close_and_rows_are_many() -> None:
     assert not pays(1, 1000)
     assert not pays(128 * threads, 1 << 40)
     assert pays(128 * threads, 1000) == (native.library().autoplan_cache_bytes() > 1333)
+
+
+# Autocast: what is read and written there differs in dtype.
+
+
+@pytest.mark.parametrize("name", ["fused_int8", "fused_int4", "fused_int6", "tiled_int8", "tiled_int4"])
+@pytest.mark.parametrize("rows", [1, 3, 5, 12, 70, 700])
+@pytest.mark.parametrize(("x_dtype", "dtype"), [(F32, BF16), (BF16, F32), (F16, BF16), (F32, F16), (F16, F32)])
+def test_kernels_read_one_dtype_and_write_another(
+    name: str, rows: int, x_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    kernel, weight = find_kernel(name), torch.randn(70, 192)
+    stored = (
+        packing.quantize_per_channel(weight, torch.int8)
+        if name.endswith("int8")
+        else packing.quantize_grouped(weight, 64, int(name[-1]))
+    )
+    packed, bias, x = kernel.layout.pack(stored), torch.randn(70), torch.randn(rows, 192).to(x_dtype)
+    exact = kernel.run(x.float(), packed, bias, torch.float32)
+    y = torch.full((rows, 70), torch.nan, dtype=dtype)
+    assert kernel.into is not None
+    kernel.into(dtype, bias.dtype, "none", x_dtype=x_dtype)(x, *packed, bias, out=y)
+    assert torch.equal(y, exact.to(dtype))
+    assert torch.equal(kernel.run(x, packed, bias, dtype), y)
+    assert torch.equal(
+        ops.run_linear(x.double(), packed, bias, f"1:{name}", 70, dtype), kernel.run(x.to(dtype), packed, bias, dtype)
+    )
+
+
+class Encoder(nn.Module):
+    """Attention's siblings, and two layers; after each a residual and a norm: before it, if that is `first`."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first, self.attention = first, Attention([64, 64, 64]).joined()
+        self.up, self.down = planned(128, 64), planned(64, 128)
+        self.norms = nn.ModuleList(nn.LayerNorm(64) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def mixed(x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(*[layer(x)[None] for layer in self.attention.layers])[0]
+
+        def between(x: Tensor) -> Tensor:
+            y: Tensor = self.down(F.gelu(self.up(x)))
+            return y
+
+        for part, norm in zip((mixed, between), self.norms, strict=True):
+            x = x + part(norm(x)) if self.first else norm(x + part(x))
+        return x
+
+
+@pytest.mark.usefixtures("pairs_pay")
+@pytest.mark.parametrize("first", [True, False])
+def test_a_model_in_autocast_casts_nothing_for_its_layers(first: bool) -> None:
+    model, x = nn.Sequential(Encoder(first), Encoder(first)).eval().requires_grad_(False), torch.randn(2, 35, 64)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y: Tensor = model(x)
+        return y
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        code = code_of(torch.compile(run, fullgraph=True), x)
+        calls = set(re.findall(r"autoplan_inductor\.(\w+)\(('.*)\)", code))
+        low, wide = "'torch.bfloat16'", "'torch.float32'"
+        own, norm = (low, "None") if first else (wide, "1e-05")  # a norm that comes first narrows what it gives
+        pieces = {("linear_writer", f"'1:fused_int8', {low}, {wide}, 'none', (64, 64, 64), 70, None, {own}")}
+        pairs = {("pair_writer", f"'fused_int8', ({own}, {low}, {own}), 'gelu', ({wide}, {wide}), 70, {norm}")}
+        assert calls == pieces | pairs
+        expected = run(x)
+        torch.testing.assert_close(torch.compile(run, fullgraph=True)(x), expected, atol=0.1, rtol=0.02)
+        assert (torch.compile(run)(x) - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("kind", ["read by others", "read before", "float64"])
+def test_other_casts_stay(kind: str) -> None:
+    layer, x = planned(64, 64), torch.randn(70, 64)
+
+    def forward(x: Tensor) -> Tensor:
+        wide = torch.sin(x).double() if kind == "float64" else torch.sin(x)
+        before = wide.amax() if kind == "read before" else 0.0
+        narrow = wide.to(torch.bfloat16)
+        y = torch.ops.autoplan.linear(
+            narrow, layer._packed, layer.bias, layer.program, 64, torch.bfloat16, "none", [], [], None
+        )
+        y = y + narrow.cos() if kind == "read by others" else y
+        return y + (before if kind == "read before" else wide)
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        run = torch.compile(forward, fullgraph=True)
+        assert "None, 'torch.bfloat16')" in code_of(run, x)
+        torch.testing.assert_close(run(x), forward(x), atol=0.05, rtol=0.02, check_dtype=False)
 
 
 # Calls.
