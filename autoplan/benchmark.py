@@ -218,7 +218,7 @@ def candidate_digest(candidate: Candidate) -> str:
 
 def _fingerprint(shape: Shape, contender: Contender, environment: Mapping[str, Any], between: int) -> dict[str, Any]:
     most = _MAX_COPIES_ON_GPU if shape.device == "cuda" else _MAX_COPIES
-    timer = {"margin": MARGIN, "max_copies": most, "version": 2}
+    timer = {"margin": MARGIN, "max_copies": most, "version": 3}
     return {
         "environment": dict(environment),
         "shape": {key: value for key, value in asdict(shape).items() if key != "parts" or value},

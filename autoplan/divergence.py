@@ -134,13 +134,23 @@ def call(model: nn.Module, model_input: ModelInput, through: Callable[..., Any] 
 
     It runs in the autocast region that the input was recorded in.
     """
-    dtype = getattr(torch, model_input.autocast or "bfloat16")
     args, kwargs = tree_map(
         lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf),
         (model_input.args, model_input.kwargs),
     )
-    with torch.autocast(device_of_model(model).type, dtype, enabled=model_input.autocast is not None):
+    with region_of(model_input, model):
         return (through or model)(*args, **kwargs)
+
+
+@contextmanager
+def region_of(model_input: ModelInput, model: nn.Module) -> Iterator[None]:
+    """The autocast region that an input was recorded in, or none, whatever is around; its casts are gone after it."""
+    dtype = getattr(torch, model_input.autocast or "bfloat16")
+    with torch.autocast(device_of_model(model).type, dtype, enabled=model_input.autocast is not None):
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()  # which torch itself does only where no other region is around
 
 
 def main_output(result: Any, picker: OutputPicker | None = None) -> tuple[Tensor, bool]:

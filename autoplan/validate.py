@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,6 +25,7 @@ from autoplan.divergence import (
     compare,
     judged_output,
     kl_by_position,
+    region_of,
     terms,
     undisturbed,
 )
@@ -35,6 +37,8 @@ from autoplan.selection import Budget, best_uniform, explained, is_plain, keep_f
 
 Layers = Mapping[str, nn.Module]
 Evaluate = Callable[[nn.Module], float]
+
+_logger = logging.getLogger("autoplan")
 
 _MIN_ROUNDS, _MAX_ROUNDS = 8, 40
 _GPU_WARM_UPS = 3  # calls that compile, that record a CUDA graph, and that replay it
@@ -89,7 +93,7 @@ class Whole:
 
     def score(self, evaluate: Evaluate, plan: Sequence[LayerPlan]) -> float:
         """What the user's metric says of the planned model. Raises AutoplanError where that is no number."""
-        with Swap(self.model, self.stand_ins(plan)):
+        with Swap(self.model, self.stand_ins(plan)), region_of(self.inputs[0], self.model):
             score = evaluate(self.model)
         try:
             return float(score)
@@ -192,8 +196,6 @@ def do_no_harm(
     variants = {"float": {}, "plan": whole.stand_ins(plan)}
     if [layer.chosen for layer in uniform] != [layer.chosen for layer in plan]:
         variants["uniform"] = whole.stand_ins(uniform)
-    if _could_gain_in_autocast(whole, plan):
-        variants[IN_AUTOCAST] = variants["plan"]
     with undisturbed(whole.model, eager=False):
         times = whole_model_times(
             whole.model,
@@ -220,8 +222,8 @@ def do_no_harm(
             f"interval {speedup.low:.2f} to {speedup.high:.2f}), so the float model is kept"
         )
         return _float_kept(plan, outcome, reason)
-    if (ratio := times.ratios.get(IN_AUTOCAST)) and outcome.versus_uniform == times.ratios.get("uniform"):
-        outcome = _advised(whole, explained_plan, budget, outcome, final, ratio)
+    if judge is None and _could_gain_in_autocast(whole, explained_plan) and seconds_left() > 0:
+        outcome = _advised(whole, explained_plan, budget, outcome, final, min(_SECONDS / 2, seconds_left()))
     return explained_plan, outcome
 
 
@@ -241,14 +243,25 @@ def _advised(
     budget: Budget,
     outcome: Outcome,
     final: Sequence[Reference],
-    ratio: Estimate,
+    seconds: float,
 ) -> Outcome:
     """The outcome, with a note where the planned model is surely faster in a region of autocast, inside the budget."""
     there = [replace(reference, model_input=_in_autocast(reference.model_input)) for reference in final]
-    with undisturbed(whole.model):
-        found = whole.measure(plan, there)
-    limit = math.inf if budget.divergence is None else budget.divergence
-    if ratio.high >= 1 or not (math.isfinite(found.bound) and found.bound <= limit):
+    layers = whole.stand_ins(plan)
+    try:
+        with undisturbed(whole.model):
+            found = whole.measure(plan, there)
+        if budget.divergence is not None and not found.bound <= budget.divergence:
+            return outcome
+        with undisturbed(whole.model, eager=False):
+            ratio = whole_model_times(
+                whole.model, {"plan": layers, IN_AUTOCAST: layers}, whole.inputs, whole.weights, baseline="plan",
+                mode=whole.mode, seconds=seconds, seed=whole.seed, share=SHARE,
+            ).ratios[IN_AUTOCAST]  # fmt: skip
+    except Exception as error:  # nobody said that the model can run there
+        _logger.info("no plan inside autocast was tried: %s: %s", type(error).__name__, error)
+        return outcome
+    if ratio.high >= 1 or not math.isfinite(found.bound):
         return outcome
     region = f'torch.autocast("{device_of_model(whole.model).type}", torch.bfloat16)'
     note = (

@@ -120,19 +120,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"checked {len(to_check)} in {time.monotonic() - began:.0f} s: {len(wrong)} wrong", flush=True)
     rows: list[Row] = []
     seeds: list[Any] = []
+    out = arguments.out or folder_of(bench.environment)
     for case in bench.cases:
         rows += measure(bench, *case, wrong, seeds)
+        write(out, bench, rows)  # whatever comes after it
+        write_seeds([out / "seeds.json", *([arguments.write_seeds] if arguments.write_seeds else [])], seeds)
     if not arguments.no_peers:
         rows += peers(bench, arguments.small)
-    order = {f"{n}x{k}": i for i, (n, k) in enumerate(dict.fromkeys(size for size, _ in bench.cases))}
-    rows.sort(key=lambda row: (order.get(row["shape"], len(order)), row["rows"], row["us"]))
+    write(out, bench, rows)
     print(tabulate([{**row, "note": row["note"][:60]} for row in rows], headers="keys", floatfmt=".3g"))
-    out = arguments.out or folder_of(bench.environment)
-    figures = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    write_csv(out / "gpu.csv", figures, measured_on(bench.environment, mode=bench.mode))
-    write_seeds([out / "seeds.json", *([arguments.write_seeds] if arguments.write_seeds else [])], seeds)
     print(f"{len(rows)} rows in {time.monotonic() - began:.0f} s; written to {out}")
     return 1 if wrong else 0
+
+
+def write(out: Path, bench: Bench, rows: list[Row]) -> None:
+    """Put the rows in order, by shape, rows and time, and write them."""
+    order = {f"{n}x{k}": i for i, (n, k) in enumerate(dict.fromkeys(size for size, _ in bench.cases))}
+    rows.sort(key=lambda row: (order.get(row["shape"], len(order)), row["rows"], row["us"]))
+    figures = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    write_csv(out / "gpu.csv", figures, measured_on(bench.environment, mode=bench.mode))
 
 
 def _bench(arguments: argparse.Namespace, began: float) -> Bench:

@@ -161,14 +161,14 @@ def _call_directly() -> None:
         others = [*map(ir.ExternKernel.realize_input, (packed, then)), *biases]
         x, rows = memory(x)
         bias_dtypes = tuple(None if tensor is None else str(tensor.get_dtype()) for tensor in (bias, then_bias))
-        return into(layout, [x, *others, *norm], "pair_writer", kernel, dtypes, activation, bias_dtypes, rows, eps)
+        return into(layout, [x, *others, *norm], "joined_writer", kernel, dtypes, activation, bias_dtypes, rows, eps)
 
     lowering.register_lowering(LINEAR, type_promotion_kind=None)(lower)
     lowering.register_lowering(PAIR, type_promotion_kind=None)(lower_pair)
 
 
-# What the code that Inductor writes calls, dtypes by name. It keeps that code by its graph: whoever changes what these
-# take changes their names, or what the ops in the graph take.
+# What the code that Inductor writes calls, dtypes by name. It keeps that code by its graph as it is before any rewrite:
+# whoever changes what these take, so that older calls of them fail, changes their names.
 
 
 def linear_writer(
@@ -185,7 +185,7 @@ def linear_writer(
     return ops.writer(program, _dtype(dtype), _dtype(bias_dtype), activation, pieces, rows, eps, _dtype(x_dtype))
 
 
-def pair_writer(
+def joined_writer(
     kernel: str,
     dtypes: tuple[str, str, str],
     activation: str,

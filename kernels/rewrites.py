@@ -11,8 +11,8 @@ projections that run as one product, the kernel does that and writes half as muc
 Norms: where all that the output of a layer is used for is to be added to a residual and normalized (as BERT does), the
 kernel does that to rows while they are in a cache. In a region of autocast the residual is float32; so is the output.
 
-Casts: where a layer is given a narrower copy of what has to be in memory as it is, as in a region of autocast what is a
-residual as well, the kernel reads that itself.
+Casts: where a layer is given a copy in another dtype of what has to be in memory as it is, as in a region of autocast
+what is a residual as well, the kernel reads that itself.
 
 Pieces: the product of siblings is written piece by piece, each with its bias, as each layer would have written its own.
 Otherwise it would be read and written again to have pieces that are contiguous and have a bias.
@@ -70,14 +70,15 @@ def read_wide(layer: fx.Node) -> None:
     if narrow.target is not _CAST or not _only_layers_read(narrow):
         return
     source = cast("fx.Node", narrow.args[0])
-    if source.meta["val"].dtype not in ops.FLOATS:
+    value = source.meta["val"]
+    if value.dtype not in ops.FLOATS or not value.is_contiguous():
         return
     if source.op != "placeholder" and not _leads_to(layer, source.users):
         return
-    with layer.graph.inserting_before(layer):
-        wide = source
-        if given is not narrow:
-            wide = _call(layer.graph, torch.ops.aten.reshape.default, source, list(given.meta["val"].shape))
+    wide = source
+    if given is not narrow:
+        with layer.graph.inserting_before(layer):
+            wide = _call(layer.graph, torch.ops.aten.reshape.default, source, *given.args[1:])
     layer.args = (wide, *layer.args[1:])
     for gone in dict.fromkeys((given, narrow)):
         if not gone.users:
@@ -96,9 +97,11 @@ def _leads_to(node: fx.Node, ends: Collection[fx.Node], most: int = 200) -> bool
 
 
 def _only_layers_read(node: fx.Node) -> bool:
-    """Whether all that it is used for is to be what layers are given, also in other shapes."""
+    """Whether it is used for nothing but to be given to layers that read any dtype, also in other shapes."""
     return all(
-        _only_layers_read(use) if use.target in _RESHAPES else use.target is LINEAR and use.args[0] is node
+        _only_layers_read(use)
+        if use.target in _RESHAPES
+        else use.target is LINEAR and use.args[0] is node and ops.writes_in_place(cast("str", use.args[3]))
         for use in node.users
     )
 
@@ -397,10 +400,10 @@ def _piece(use: fx.Node, features: int) -> _Piece | None:
     found = found._replace(bias=bias)
     if own.meta["val"].dtype == value.dtype:
         return found
-    rounded = next(iter(own.users))  # from the dtype of a bias that is wider
-    if len(own.users) > 1 or rounded.op == "output" or rounded.meta["val"].dtype != value.dtype:
+    rounded = next(iter(own.users), None)  # from the dtype of a bias that is wider
+    if rounded is None or len(own.users) > 1 or rounded.target is not _CAST or rounded.args[1] != value.dtype:
         return None
-    return found._replace(own=rounded, between=(use, own)) if rounded.target is _CAST else None
+    return found._replace(own=rounded, between=(use, own))
 
 
 # Pairs.
@@ -419,7 +422,7 @@ def join(layer: fx.Node) -> bool:
     then_activation, pieces, norm, eps = after
     value = layer.meta["val"]
     rows = value.shape[0]
-    if not isinstance(rows, int) or then_dtype not in (dtype, torch.float32):
+    if not isinstance(rows, int) or x.meta["val"].dtype not in ops.FLOATS or then_dtype not in (dtype, torch.float32):
         return False
     if then_activation != "none" or pieces or chain[-1] in norm or chain[-1].meta["val"].shape != value.shape:
         return False

@@ -92,11 +92,13 @@ class FakeTimer:
         return timings
 
     def compare(self, calls: Any, *, baseline: str, **_: Any) -> dict[str, Any]:
+        from autoplan.validate import IN_AUTOCAST
+
         self.comparisons += 1
         for call in calls.values():
             call()
         ratios = {"plan": 1.0, "float": 1 / self.model_ratio, "uniform": self.uniform_ratio,
-                  "plan in autocast": self.autocast_ratio}  # fmt: skip
+                  IN_AUTOCAST: self.autocast_ratio}  # fmt: skip
         return {name: self._timing(name, name, ratios[name], exact=name == baseline) for name in calls}
 
     def _timing(self, name: str, group: str, ratio: float, exact: bool) -> Any:

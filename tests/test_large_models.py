@@ -94,7 +94,7 @@ def test_planning_holds_one_layers_candidates_at_a_time_and_whole_plans_only_to_
     assert held["scoring"] < 10 * LAYER_BYTES  # all candidates of all layers would be 24 times that of a layer
     assert held["timing"] < 16 * LAYER_BYTES  # two copies of the float weight and of every layout, at any depth
     # The plan, and the best uniform plan that it is raced against: bf16 at most, so half of the float model.
-    # In the race inside autocast, torch holds such copies of what stays float until the region ends.
+    # In a call inside autocast, torch holds such copies of what stays float.
     assert held["validation"] < held["plan"] + 4 * LAYER_BYTES
     assert held["whole model"] < held["plan"] + 2 * held["float"] / 2 + 4 * LAYER_BYTES
 

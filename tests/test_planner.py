@@ -479,8 +479,13 @@ def test_a_first_call_inside_autocast_is_planned_for_it_and_timed_outside(
         states.append(torch.is_autocast_enabled("cpu"))
         return race(*arguments, **options)
 
+    def evaluate(model: nn.Module) -> float:
+        judged.append(torch.is_autocast_enabled("cpu"))
+        return 1.0
+
+    judged: list[bool] = []
     monkeypatch.setattr("autoplan.timing.race", watched)
-    model, x = autoplan(mlp(), budget=LOOSE, cache=False), inputs()
+    model, x = autoplan(mlp(), budget=LOOSE, evaluate=evaluate, cache=False), inputs()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(x)
         y = model(x)
@@ -490,6 +495,8 @@ def test_a_first_call_inside_autocast_is_planned_for_it_and_timed_outside(
     assert ((y - expected).float().norm() / expected.float().norm()) < 0.1
     assert states
     assert not any(states)
+    assert judged
+    assert all(judged)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

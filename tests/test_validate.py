@@ -264,6 +264,14 @@ def test_that_a_plan_is_faster_in_autocast_is_told_where_it_surely_is_inside_the
     _, found = outcome(whole, plan, Budget(divergence=0.5 * outside), pinned={"layers.0": "int4_g32"})
     assert "autocast" not in "".join(found.notes)
     slower = [replace(layer, baseline_us=1.0) for layer in plan]
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("this model wants float32")
+
+    hook = whole.model.register_forward_pre_hook(refuse)
+    assert outcome(whole, plan, Budget(divergence=9.0))[1].notes == ("before",)
+    hook.remove()
     inside = replace(whole, inputs=[replace(item, autocast="bfloat16") for item in whole.inputs])
     timer.autocast_ratio = 0.999
     assert outcome(whole, plan, Budget(divergence=9.0))[1].notes == ("before",)  # not surely

@@ -350,7 +350,7 @@ PEERS = (
     Peer("autoplan high", autoplan("high")),
     Peer("autoplan lossless", autoplan("lossless"), ["decoder"]),
     Peer("autoplan balanced, in autocast", autoplan("balanced", wrap=Autocast), [*ENCODERS, "language-model"]),
-    Peer("autoplan balanced, given bfloat16", autoplan("balanced", BF16)),
+    Peer("autoplan balanced, given bfloat16", autoplan("balanced", BF16), ["minilm-32x64"]),
     Peer("autoplan high, given bfloat16", autoplan("high", BF16)),
     Peer("bfloat16 eager", plain(BF16, compiled=False)),
     Peer("float32 compiled", plain(F32, compiled=True), ["minilm-32x64", "layers"]),

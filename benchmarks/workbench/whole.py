@@ -94,15 +94,15 @@ def main(
     cache = PlanCache()
     with torch.no_grad():
         of = subject(arguments)
+        out = (arguments.out or folder_of(environment)) / f"{name}.csv"
+        about = measured_on(environment, mode=arguments.mode, **of.about, budget=arguments.budget)
         for scenario in of.scenarios:
             if scenario.name in (arguments.scenarios or [scenario.name]):
                 for row in run(of.model, scenario, cache, arguments):
                     print(tabulate([row], tablefmt="plain"), file=sys.stderr, flush=True)
                     rows.append(row)
+                    write_csv(out, rows, about)  # whatever comes after it
     print(tabulate(rows, headers="keys", floatfmt=".3f"))
-    out = (arguments.out or folder_of(environment)) / f"{name}.csv"
-    about = measured_on(environment, mode=arguments.mode, **of.about, budget=arguments.budget)
-    write_csv(out, rows, about)
     print(f"{len(rows)} rows in {time.monotonic() - began:.0f} s; written to {out}")
     return 0
 

@@ -562,7 +562,7 @@ def test_a_residual_from_between_two_layers_keeps_them_apart() -> None:
     torch.compiler.reset()
     with torch.no_grad():
         code = code_of(torch.compile(model, fullgraph=True), x)
-        assert "autoplan_inductor.pair_writer" not in code
+        assert "autoplan_inductor.joined_writer" not in code
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), atol=0.03, rtol=0)
 
 
@@ -583,7 +583,7 @@ def test_a_norm_after_two_layers_in_one_call(dtype: torch.dtype) -> None:
     torch.compiler.reset()
     with torch.no_grad():
         code = code_of(torch.compile(model, fullgraph=True), x)
-        assert "autoplan_inductor.pair_writer" in code
+        assert "autoplan_inductor.joined_writer" in code
         assert "native_layer_norm" not in code.partition("def call")[0]
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), atol=0.03, rtol=0)
 
@@ -628,7 +628,7 @@ def test_two_layers_in_one_call(shape: tuple[int, ...], after: nn.Module) -> Non
     torch.compiler.reset()
     with torch.no_grad():
         code = code_of(torch.compile(block, fullgraph=True), x)
-        assert "autoplan_inductor.pair_writer" in code
+        assert "autoplan_inductor.joined_writer" in code
         assert "autoplan_inductor.linear_writer" not in code
         torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x), atol=0.02, rtol=0)
 
@@ -646,7 +646,7 @@ def test_layers_that_stay_two_calls(kind: str) -> None:
     torch.compiler.reset()
     with torch.no_grad():
         run = torch.compile(forward, fullgraph=True, dynamic=True if kind == "dynamic" else None)
-        assert "pair_writer" not in code_of(run, x)
+        assert "joined_writer" not in code_of(run, x)
         torch.testing.assert_close(run(x), forward(x), atol=0.02, rtol=1e-3)
 
 
@@ -664,7 +664,7 @@ def test_weights_of_dynamic_size_stay_two_calls() -> None:
     torch._dynamo.mark_dynamic(packed, 0)  # as Dynamo does by itself where several layers share a graph
     torch.compiler.reset()
     with torch.no_grad():
-        assert "pair_writer" not in code_of(torch.compile(forward), x, packed, then)
+        assert "joined_writer" not in code_of(torch.compile(forward), x, packed, then)
 
 
 def test_a_pair_pays_where_both_weights_stay_close_and_rows_are_many() -> None:
@@ -740,11 +740,42 @@ def test_a_model_in_autocast_casts_nothing_for_its_layers(first: bool) -> None:
         low, wide = "'torch.bfloat16'", "'torch.float32'"
         own, norm = (low, "None") if first else (wide, "1e-05")  # a norm that comes first narrows what it gives
         pieces = {("linear_writer", f"'1:fused_int8', {low}, {wide}, 'none', (64, 64, 64), 70, None, {own}")}
-        pairs = {("pair_writer", f"'fused_int8', ({own}, {low}, {own}), 'gelu', ({wide}, {wide}), 70, {norm}")}
+        pairs = {("joined_writer", f"'fused_int8', ({own}, {low}, {own}), 'gelu', ({wide}, {wide}), 70, {norm}")}
         assert calls == pieces | pairs
         expected = run(x)
         torch.testing.assert_close(torch.compile(run, fullgraph=True)(x), expected, atol=0.1, rtol=0.02)
         assert (torch.compile(run)(x) - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["dynamic", "strided", "a head", "one layer that cannot", "the best of a piece"])
+def test_models_in_autocast_of_other_kinds(kind: str, dtype: torch.dtype) -> None:
+    encoder, head, other = (
+        Encoder(first=False).eval().requires_grad_(False),
+        planned(64, 64),
+        planned(64, 64, "1:int_mm"),
+    )
+    bias = torch.randn(32)
+
+    def forward(x: Tensor) -> Tensor:
+        x = x[:, :20] if kind == "strided" else x
+        with torch.autocast("cpu", dtype):
+            x = encoder(x)
+            if kind == "a head":
+                return head(x)
+            if kind == "one layer that cannot":
+                return head(x) + other(x) + x
+            if kind == "the best of a piece":
+                return (head(x)[..., :32] + bias).topk(2).values
+            return x
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        run = torch.compile(forward, fullgraph=True, dynamic=kind == "dynamic")
+        for tokens in (35, 36):
+            x = torch.randn(2, tokens, 64)
+            expected = forward(x)
+            assert (run(x) - expected).norm() / expected.norm() < 0.02
 
 
 @pytest.mark.parametrize("kind", ["read by others", "read before", "float64"])
