@@ -108,8 +108,8 @@ class Pair(NamedTuple):
     `into(dtypes, activation, bias_dtypes, rows, eps)` gives the function that does it, of (x, packed, then, *biases,
     *norm, out=...): the weight of the first layer, which `activation` follows, that of the second, and the biases that
     there are. `dtypes` are those of x, of what lies between the layers, and of out: that again, or float32. All else is
-    as in `Kernel.into`. `pays(rows, nbytes)` says whether that is faster than two calls, where
-    both weights take so many bytes.
+    as in `Kernel.into`. `pays(rows, nbytes)` says whether that is faster than two calls, where both weights take so
+    many bytes.
     """
 
     into: Callable[[Dtypes, str, tuple[torch.dtype | None, torch.dtype | None], int | None, float | None], Write]

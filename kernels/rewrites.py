@@ -1,4 +1,7 @@
-"""Rewrites of a graph that Inductor compiles: what comes after a layer, taken into the kernel that runs it.
+"""Rewrites of a graph that Inductor compiles: what comes before and after a layer, taken into its kernel.
+
+Casts: where a layer is given a copy in another dtype of what has to be in memory as it is, as in a region of autocast
+what is a residual as well, the kernel reads that itself.
 
 An activation function: where it is all that the output of a layer is used for, the output is written once, where
 otherwise it would be written, read and written again. Kernels that cannot are left to Inductor, which fuses the
@@ -10,9 +13,6 @@ projections that run as one product, the kernel does that and writes half as muc
 
 Norms: where all that the output of a layer is used for is to be added to a residual and normalized (as BERT does), the
 kernel does that to rows while they are in a cache. In a region of autocast the residual is float32; so is the output.
-
-Casts: where a layer is given a copy in another dtype of what has to be in memory as it is, as in a region of autocast
-what is a residual as well, the kernel reads that itself.
 
 Pieces: the product of siblings is written piece by piece, each with its bias, as each layer would have written its own.
 Otherwise it would be read and written again to have pieces that are contiguous and have a bias.

@@ -213,7 +213,7 @@ def _call(
 
 @functools.cache
 def _pair_into(
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    dtypes: ops.Dtypes,
     activation: str,
     bias_dtypes: tuple[torch.dtype | None, torch.dtype | None],
     rows: int | None = None,
