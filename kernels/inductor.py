@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from autoplan.kernels import ops
-from autoplan.kernels.rewrites import LINEAR, PAIR, rewrite
+from autoplan.kernels.native import attention as native_attention
+from autoplan.kernels.rewrites import ATTENTION, LINEAR, PAIR, attend, rewrite
 
 _POST_GRAD = "torch._inductor.fx_passes.post_grad"
 _logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def _rewrite_graphs() -> None:
 
     @register_graph_pattern(CallFunction(LINEAR, *[Arg() for _ in range(10)]), extra_check=fits, pass_dict=patterns)
     def replace(match: Any, *_: Any) -> None:  # later layers first
+        attend(match.output_node().graph)
         rewrite(match.output_node())
 
 
@@ -70,6 +72,7 @@ def _call_directly() -> None:
 
     as_op = lowering.fallback_handler(LINEAR, add_to_fallback_set=False)
     pair_as_op = lowering.fallback_handler(PAIR, add_to_fallback_set=False)
+    attention_as_op = lowering.fallback_handler(ATTENTION, add_to_fallback_set=False)
 
     class Direct:
         lines: tuple[str, ...] = ()  # that the code needs once, beside the call
@@ -163,8 +166,23 @@ def _call_directly() -> None:
         bias_dtypes = tuple(None if tensor is None else str(tensor.get_dtype()) for tensor in (bias, then_bias))
         return into(layout, [x, *others, *norm], "joined_writer", kernel, dtypes, activation, bias_dtypes, rows, eps)
 
-    lowering.register_lowering(LINEAR, type_promotion_kind=None)(lower)
-    lowering.register_lowering(PAIR, type_promotion_kind=None)(lower_pair)
+    def lower_attention(q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float) -> Any:
+        if V.graph.cpp_wrapper:
+            return attention_as_op(q, k, v, mask, causal, scale)
+        batch, heads, rows, features = q.get_size()
+        strides = [rows * heads * features, features, heads * features, 1]
+        layout = ir.FixedLayout(q.get_device(), q.get_dtype(), [batch, heads, rows, features], strides)
+        masks = [] if mask is None else [mask]
+        return into(layout, list(map(side_by_side, (q, k, v, *masks))), "attention_writer", causal, scale)
+
+    def side_by_side(x: Any) -> Any:
+        """In memory, in whatever strides it has there, the last dimension's elements side by side."""
+        x = ir.ExternKernel.realize_input(x)
+        _, layout = ir.as_storage_and_layout(x, freeze=True)
+        return x if layout.stride[-1] == 1 else contiguous(x)
+
+    for op, own in ((LINEAR, lower), (PAIR, lower_pair), (ATTENTION, lower_attention)):
+        lowering.register_lowering(op, type_promotion_kind=None)(own)
 
 
 # What the code that Inductor writes calls, dtypes by name. It keeps that code by its graph as it is before any rewrite:
@@ -198,6 +216,11 @@ def joined_writer(
     first, then = bias_dtypes
     own = (_dtype(x), _dtype(between), _dtype(out))
     return ops.pair_writer(kernel, own, activation, (_dtype(first), _dtype(then)), rows, eps)
+
+
+def attention_writer(causal: bool, scale: float) -> ops.Write:
+    """`attention.writer`."""
+    return native_attention.writer(causal, scale)
 
 
 @overload

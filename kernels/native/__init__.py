@@ -20,7 +20,7 @@ from autoplan.kernels.native.build import library
 from autoplan.kernels.packing import CLIP_RATIOS, Canonical, quantize_grouped, quantize_per_channel
 from autoplan.kernels.reference import linear_float64, relative_error
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of simd.h
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of simd.h
 _ACTIVATIONS = {name: code for code, name in enumerate(ops.ACTIVATIONS)}  # enum Activation of simd.h
 
 # Layouts: one tensor of bytes, as `struct Packed` of product.h says. So a call passes one address for a whole weight,
@@ -150,8 +150,8 @@ def quantize_grouped_fast(weight: Tensor, group_size: int, bits: int = 4) -> Can
     Sums are rounded in another order, so where two ranges are equally good they may not choose the same one.
     """
     weight = weight.detach()
-    plain = type(weight) is Tensor and weight.device.type == "cpu" and weight.dtype in _CODES
-    if not plain or group_size % 16 or weight.shape[1] % group_size or _missing():
+    plain = type(weight) is Tensor and weight.device.type == "cpu" and weight.dtype in CODES
+    if not plain or group_size % 16 or weight.shape[1] % group_size or missing():
         return quantize_grouped(weight, group_size, bits)
     weight = weight.contiguous()
     (out_features, in_features), ratios = weight.shape, weight.new_tensor(CLIP_RATIOS, dtype=torch.float64)
@@ -160,7 +160,7 @@ def quantize_grouped_fast(weight: Tensor, group_size: int, bits: int = 4) -> Can
     scale = weight.new_empty((out_features, in_features // group_size), dtype=torch.bfloat16)
     zero_point = torch.empty_like(scale, dtype=torch.uint8)
     library().autoplan_quantize_grouped(
-        weight.data_ptr(), _CODES[weight.dtype], out_features, in_features, group_size, bits, ratios.data_ptr(),
+        weight.data_ptr(), CODES[weight.dtype], out_features, in_features, group_size, bits, ratios.data_ptr(),
         len(ratios), codes.data_ptr(), upper_bits.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -169,7 +169,7 @@ def quantize_grouped_fast(weight: Tensor, group_size: int, bits: int = 4) -> Can
 
 
 @functools.cache
-def _missing() -> str:
+def missing() -> str:
     """What this machine lacks for the C++; "" if nothing."""
     try:
         library()
@@ -204,7 +204,7 @@ def _call(
     eps: float | None = None,
 ) -> Any:  # a reference, as ctypes hands it on
     code = _ACTIVATIONS[ops.GATED.get(activation, activation)]
-    dtypes = (_CODES[own] for own in (x_dtype, dtype, bias_dtype or dtype))
+    dtypes = (CODES[own] for own in (x_dtype, dtype, bias_dtype or dtype))
     call = _Call(*dtypes, code, activation in ops.GATED, eps=eps or 0.0)
     if pieces:
         call.pieces = (ctypes.c_int64 * len(pieces))(*pieces)
@@ -294,7 +294,7 @@ def _register(
         return out
 
     def supports(spec: ops.LinearSpec) -> str | None:
-        if spec.dtype not in _CODES:
+        if spec.dtype not in CODES:
             return f"input dtype {spec.dtype} is not float32, bfloat16 or float16"
         if (spec.group_size or 0) % group_multiple:
             return f"group size {spec.group_size} is not a multiple of {group_multiple}"
@@ -307,8 +307,8 @@ def _register(
         generator = torch.Generator().manual_seed(0)
         stored = canonical(torch.randn(41, 96, generator=generator))
         x, bias = torch.randn(67, 96, generator=generator), torch.randn(41, generator=generator)
-        if missing := _missing():
-            return missing
+        if lacks := missing():
+            return lacks
         for rows in (3, 67):
             y = run(x[:rows], layout.pack(stored), bias, torch.float32)
             error = relative_error(y, linear_float64(x[:rows], stored, bias))

@@ -22,7 +22,7 @@ import platformdirs
 
 from autoplan.errors import KernelError
 
-_SOURCES = ("dynamic.cpp", "weight_only.cpp", "quantize.cpp")
+_SOURCES = ("dynamic.cpp", "weight_only.cpp", "quantize.cpp", "attention.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _KERNELS = ("autoplan_int8_dynamic", "autoplan_grouped_dynamic", "autoplan_int8_weight", "autoplan_int4_weight")
@@ -33,6 +33,7 @@ _PAIR_TAKES = (_P, _P, _P, _P, _P, _P, _P, _P, _N, _I, _P, _P, _P)
 # The weight, its dtype, rows, in_features, group size, bits; ratios and their count; codes, upper bits, scale, zero
 # point; threads
 _QUANTIZE_TAKES = (_P, _I, _N, _N, _N, _N, _P, _N, _P, _P, _P, _P, _I)
+_ATTENTION_TAKES = (_P, _P, _P, _P, _P, _P, _I)  # an Attention; q, k, v, mask, out; threads
 
 
 @functools.cache
@@ -49,6 +50,8 @@ def library(*flags: str) -> ctypes.CDLL:
     quantize = loaded.autoplan_quantize_grouped
     quantize.argtypes, quantize.restype = _QUANTIZE_TAKES, None
     loaded.autoplan_cache_bytes.restype = _N
+    loaded.autoplan_attention.argtypes = _ATTENTION_TAKES
+    loaded.autoplan_attention_bytes.argtypes, loaded.autoplan_attention_bytes.restype = (_N, _N), _N
     if not loaded.autoplan_available():
         raise KernelError("the operating system does not grant the AMX tile registers")
     return loaded

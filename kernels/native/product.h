@@ -83,8 +83,8 @@ static inline void product_end() { _tile_release(); }
 
 // out [32, 32] = block x strip; PANELS = 1 for the last rows. `meanwhile` is called at each step.
 template <class Kind, int PANELS, class Meanwhile>
-static inline void multiply(const char* block, const char* strip, int64_t steps, int32_t* out, Meanwhile meanwhile) {
-  const char *lower = block + steps * TILE, *right = strip + steps * TILE;
+static inline void multiply(const char* block, const char* strip, int64_t steps, int64_t length, int32_t* out, Meanwhile meanwhile) {
+  const char *lower = block + length * TILE, *right = strip + length * TILE;
   asm volatile("" ::: "memory");  // the intrinsics do not say that they read memory: what they read is stored by here
   _tile_zero(0);
   _tile_zero(1);
@@ -118,14 +118,14 @@ static inline void multiply(const char* block, const char* strip, int64_t steps,
   }
 }
 
-// `start` is for VNNI only.
+// `start` is for VNNI only. A panel has `length` steps, of which the first `steps` are multiplied.
 template <class Kind, class Meanwhile>
-static inline void multiply(const char* block, int64_t rows, const char* strip, int64_t steps, const int32_t*,
+static inline void multiply(const char* block, int64_t rows, const char* strip, int64_t steps, int64_t length, const int32_t*,
                             int32_t* out, Meanwhile meanwhile) {
   if (rows > 16)
-    multiply<Kind, 2>(block, strip, steps, out, meanwhile);
+    multiply<Kind, 2>(block, strip, steps, length, out, meanwhile);
   else
-    multiply<Kind, 1>(block, strip, steps, out, meanwhile);
+    multiply<Kind, 1>(block, strip, steps, length, out, meanwhile);
 }
 
 #else  // AVX-512
@@ -135,7 +135,7 @@ static inline void product_begin() {}
 static inline void product_end() {}
 
 template <class Kind, int ROWS>
-static inline void multiply_rows(const char* panel, const char* strip, int64_t steps, const int32_t* start,
+static inline void multiply_rows(const char* panel, const char* strip, int64_t steps, int64_t length, const int32_t* start,
                                  int32_t* out) {
   __m512i left[ROWS], right[ROWS];
   for (int r = 0; r < ROWS; r++) {
@@ -145,7 +145,7 @@ static inline void multiply_rows(const char* panel, const char* strip, int64_t s
   for (int64_t k = 0; k < steps * TILE; k += TILE)
     for (int64_t line = 0; line < 16; line++) {
       const __m512i b0 = _mm512_load_si512(strip + k + 64 * line);
-      const __m512i b1 = _mm512_load_si512(strip + steps * TILE + k + 64 * line);
+      const __m512i b1 = _mm512_load_si512(strip + length * TILE + k + 64 * line);
       for (int r = 0; r < ROWS; r++) {
         const __m512i a = _mm512_set1_epi32(*(const int32_t*)(panel + k + 64 * r + 4 * line));
         left[r] = Kind::dot(left[r], a, b0);
@@ -160,18 +160,18 @@ static inline void multiply_rows(const char* panel, const char* strip, int64_t s
 
 // out [32, 32] = start + block x strip, for the first `rows` rows; there is no `meanwhile`: the vector units are busy.
 template <class Kind, class Meanwhile>
-static inline void multiply(const char* block, int64_t rows, const char* strip, int64_t steps, const int32_t* start,
+static inline void multiply(const char* block, int64_t rows, const char* strip, int64_t steps, int64_t length, const int32_t* start,
                             int32_t* out, Meanwhile) {
   for (int64_t r = 0; r < rows;) {
-    const char* panel = block + r / 16 * steps * TILE + r % 16 * 64;
+    const char* panel = block + r / 16 * length * TILE + r % 16 * 64;
     if (rows - r >= 8) {
-      multiply_rows<Kind, 8>(panel, strip, steps, start, out + 32 * r);
+      multiply_rows<Kind, 8>(panel, strip, steps, length, start, out + 32 * r);
       r += 8;
     } else if (rows - r >= 4) {
-      multiply_rows<Kind, 4>(panel, strip, steps, start, out + 32 * r);
+      multiply_rows<Kind, 4>(panel, strip, steps, length, start, out + 32 * r);
       r += 4;
     } else {
-      multiply_rows<Kind, 1>(panel, strip, steps, start, out + 32 * r);
+      multiply_rows<Kind, 1>(panel, strip, steps, length, start, out + 32 * r);
       r += 1;
     }
   }
@@ -395,7 +395,7 @@ class Products {
     if (!streams_)  // the lines that this will be written to
       for (int64_t r = 0; r < rows; r++) __builtin_prefetch(y + r * next_->to.line, 1, 3);
     const int64_t piece = ceil_div(left_, steps);
-    multiply<Kind>(block, rows, strip, steps, start, product_[turn_], [&] { finish(piece); });
+    multiply<Kind>(block, rows, strip, steps, steps, start, product_[turn_], [&] { finish(piece); });
     finish(left_);
     last_ = product_[turn_], turn_ = 1 - turn_;
     own_ = next_, y_ = y, left_ = rows;

@@ -1,0 +1,234 @@
+"""Attention in C++, for every instruction set it can be compiled for here, against float64; where graphs call it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoplan.candidates import find_candidate
+from autoplan.kernels import native
+from autoplan.kernels.native import attention, build
+from autoplan.layers import PlannedLinear
+
+BF16 = torch.bfloat16
+NO_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
+INSTRUCTION_SETS = {
+    "all of this CPU's": (),
+    "AVX-512": NO_AMX,
+    "AVX-512 without bfloat16": (*NO_AMX, "-mno-avx512bf16"),
+}
+
+pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+
+
+@pytest.fixture(params=INSTRUCTION_SETS.values(), ids=INSTRUCTION_SETS.keys())
+def compiled_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "library", lambda: build.library(*request.param))
+    monkeypatch.setattr(attention, "writer", functools.cache(attention.writer.__wrapped__))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    y: Tensor = torch.ops.autoplan.attention(q, k, v, mask, causal, q.shape[-1] ** -0.5)
+    return y
+
+
+def exactly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    mask = None if mask is None else mask.double()
+    return F.scaled_dot_product_attention(q.double(), k, v, attn_mask=mask, is_causal=causal)
+
+
+def heads(batch: int, count: int, rows: int, features: int) -> Tensor:
+    return torch.randn(batch, rows, count, features, dtype=BF16).transpose(1, 2)
+
+
+def error(y: Tensor, exact: Tensor) -> float:
+    return float((y.double() - exact).square().sum() / exact.square().sum())
+
+
+# batch, heads, heads of keys, rows, keys, features: blocks, strips and tiles that are full, and not
+SIZES = [
+    (1, 1, 1, 1, 1, 8),
+    (2, 3, 3, 37, 53, 40),
+    (1, 4, 2, 70, 200, 64),
+    (3, 8, 8, 16, 33, 33),
+    (2, 6, 1, 96, 96, 128),
+]
+
+
+@pytest.mark.usefixtures("compiled_for")
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_it_is_close_to_float64(sizes: tuple[int, ...], causal: bool) -> None:
+    batch, count, key_count, rows, keys, features = sizes
+    q, k, v = heads(batch, count, rows, features), *(heads(batch, key_count, keys, features) for _ in range(2))
+    y = attend(q, k, v, causal=causal)
+    assert error(y, exactly(q, k, v, causal=causal)) < 1e-5  # of rounding weights and the output to bfloat16
+    assert y.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.usefixtures("compiled_for")
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 45), (1, 1, 37, 45), (2, 3, 37, 45), (1, 3, 1, 45)])
+def test_a_mask_is_added(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    q, k, v = heads(2, 3, 37, 32), heads(2, 3, 45, 32), heads(2, 3, 45, 32)
+    mask = torch.randn(shape).to(dtype)
+    mask[..., 7:20] = -torch.inf
+    assert error(attend(q, k, v, mask), exactly(q, k, v, mask)) < 1e-5
+    assert error(attend(q, k, v, mask, True), exactly(q, k, v, mask.double() + above_diagonal(37, 45))) < 1e-5
+
+
+def above_diagonal(rows: int, keys: int) -> Tensor:
+    return torch.full((rows, keys), -torch.inf).triu(1)
+
+
+@pytest.mark.usefixtures("compiled_for")
+def test_values_that_a_mask_leaves_out_do_not_count() -> None:
+    q, k, v = heads(1, 2, 40, 32), heads(1, 2, 64, 32), heads(1, 2, 64, 32)
+    mask = torch.zeros(1, 1, 40, 64)
+    mask[..., 50:] = -torch.inf
+    mask[:, :, 3] = -torch.inf  # nothing is left
+    v[:, :, 50:] = 3e38
+    y = attend(q, k, v, mask)
+    assert (y[:, :, 3] == 0).all()
+    kept = [row for row in range(40) if row != 3]
+    assert error(y[:, :, kept], exactly(q[:, :, kept], k[:, :, :50], v[:, :, :50])) < 1e-5
+
+
+@pytest.mark.usefixtures("compiled_for")
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_of_any_size(masked: bool) -> None:
+    q, k, v = heads(1, 2, 40, 32), heads(1, 2, 70, 32), heads(1, 2, 70, 32)
+    mask = torch.zeros(1, 1, 1, 70) if masked else None
+    assert error(attend(300 * q, k, v, mask), exactly(300 * q, k, v)) < 1e-5  # one key's weight is about 1
+    assert error(attend(0 * q, k, v, mask), exactly(0 * q, k, v)) < 1e-5  # all are equal
+    q[0, 1, 5, 3] = torch.nan
+    y = attend(q, k, v, mask)
+    assert y[0, 1, 5].isnan().all()
+    assert y.isnan().sum() == 32
+
+
+@pytest.mark.usefixtures("compiled_for")
+def test_strides() -> None:
+    q, k, v = torch.randn(3, 2, 50, 2, 40, dtype=BF16).unbind(0)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2).contiguous(), v.transpose(1, 2)[..., ::2].repeat(1, 1, 1, 2)
+    mask = torch.randn(1, 50, 2, 50).transpose(1, 2)
+    assert error(attend(q, k, v, mask), exactly(q, k, v, mask)) < 1e-5
+    assert error(attend(q.mT.contiguous().mT, k, v), exactly(q, k, v)) < 1e-5
+    assert attend(q[:, :, :0], k, v).shape == (2, 2, 0, 40)
+
+
+def test_where_it_pays() -> None:
+    if not build.library().autoplan_attends_in_tiles():
+        assert not attention.pays(64, 64, 64)
+        return
+    assert attention.pays(64, 64, 32)
+    assert not attention.pays(64, 1_000_000, 64)
+    assert attention.pays(1, 128, 64)
+    assert not attention.pays(1, 1024, 64)
+
+
+class Attending(nn.Module):
+    """A layer, attention between its thirds, and another layer."""
+
+    def __init__(self, attends: Callable[..., Tensor], dtype: torch.dtype = BF16) -> None:
+        super().__init__()
+        self.attends = attends
+        self.into, self.out_of = (
+            PlannedLinear.from_linear(
+                "layer", nn.Linear(64, features).requires_grad_(False), find_candidate("int8_dynamic"), "1:fused_int8"
+            ).to(dtype)
+            for features in (192, 64)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (part.unflatten(2, (2, 32)).transpose(1, 2) for part in self.into(x).chunk(3, dim=-1))
+        y: Tensor = self.out_of(self.attends(q, k, v, mask).transpose(1, 2).flatten(2))
+        return y
+
+
+def plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, float]]:
+    """What compiled graphs have asked for, here taken to pay on any CPU."""
+    found: list[tuple[bool, float]] = []
+    writer = attention.writer
+
+    def watched(causal: bool, scale: float) -> Callable[..., None]:
+        def write(*tensors: Tensor, out: Tensor) -> None:
+            found.append((causal, scale))
+            writer(causal, scale)(*tensors, out=out)
+
+        return write
+
+    monkeypatch.setattr(attention, "writer", watched)
+    monkeypatch.setattr(attention, "pays", lambda *_: True)
+    torch.compiler.reset()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("attends", "causal", "scale"),
+    [
+        (plainly, False, 32**-0.5),
+        (lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v, is_causal=True), True, 32**-0.5),
+        (lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v, scale=0.3), False, 0.3),
+        (lambda q, k, v, _: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True), False, 32**-0.5),
+    ],
+    ids=["plain", "causal", "scaled", "grouped"],
+)
+def test_a_compiled_model_calls_it(
+    calls: list[tuple[bool, float]], attends: Callable[..., Tensor], causal: bool, scale: float
+) -> None:
+    model, x = Attending(attends), torch.randn(2, 21, 64, dtype=BF16)
+    with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
+        y = torch.compile(model, fullgraph=True)(x)
+        assert calls == [(causal, scale)]
+        assert error(y, model(x).double()) < 1e-3  # a code of the second layer may be another
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_with_a_mask(calls: list[tuple[bool, float]], dynamic: bool) -> None:
+    model, x, mask = Attending(plainly), torch.randn(3, 21, 64, dtype=BF16), torch.ones(3, 21, dtype=torch.bool)
+    mask[1, 5:] = False
+    torch._dynamo.mark_dynamic(x, 0) if dynamic else None
+    torch._dynamo.mark_dynamic(mask, 0) if dynamic else None
+    with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
+        y = torch.compile(model, fullgraph=True)(x, mask)
+        assert len(calls) == 1
+        assert error(y, model(x, mask).double()) < 1e-3
+
+
+def test_in_autocast(calls: list[tuple[bool, float]]) -> None:
+    model, x = Attending(plainly, torch.float32), torch.randn(2, 21, 64)
+    with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False), torch.autocast("cpu", BF16):
+        y = torch.compile(model, fullgraph=True)(x)
+        assert len(calls) == 1
+        assert error(y, model(x).double()) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["float32", "gradients", "it does not pay", "keys of any number"])
+def test_others_are_left_to_torch(calls: list[tuple[bool, float]], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Attending(plainly), torch.randn(2, 21, 64, dtype=BF16)
+    if kind == "float32":
+        model, x = Attending(plainly, torch.float32), x.float()
+    if kind == "it does not pay":
+        monkeypatch.setattr(attention, "pays", lambda *_: False)
+    if kind == "keys of any number":
+        torch._dynamo.mark_dynamic(x, 1)
+    x.requires_grad_(kind == "gradients")
+    with torch.set_grad_enabled(kind == "gradients"), torch._inductor.config.patch(fx_graph_cache=False):
+        y = torch.compile(model, fullgraph=True)(x)
+        assert calls == []
+        assert error(y.detach(), model(x).detach().double()) < 1e-3
+    if kind == "gradients":
+        y.float().sum().backward()
+        assert x.grad is not None
