@@ -1,6 +1,6 @@
-// Attention in bfloat16 (Vaswani et al., "Attention Is All You Need", arXiv:1706.03762): of each head, for blocks of 32
-// rows, softmax(q k^T * scale + mask) v. All scores of a block are in a core's caches at once; sums are in float32, and
-// what v is multiplied with is rounded to bfloat16. Rows that the mask leaves nothing of become zero.
+// Attention (Vaswani et al., "Attention Is All You Need", arXiv:1706.03762): of each head, for blocks of 32 rows,
+// softmax(q k^T * scale + mask) v. All scores of a block are in a core's caches at once; products are of bfloat16, and of
+// two for each float32; sums are in float32. Rows that the mask leaves nothing of become zero.
 //
 // What one unit of a core stores, another waits for until it is in the cache. So three blocks are on their way at a time,
 // and what a stage reads was stored two stages ago.
@@ -16,6 +16,7 @@ struct Strides {  // elements; the features of a row lie side by side
 struct Attention {
   int64_t batch, heads, key_heads, rows, keys, features;
   Strides q, k, v, out, mask;
+  int dtype;       // float32 or bfloat16
   int mask_dtype;  // of what is added to scores [batch, heads, rows, keys], if there is a mask
   int causal;
   float scale;
@@ -26,8 +27,50 @@ namespace {
 constexpr int64_t WIDTH = 32;  // bfloat16 values in a line of a tile
 constexpr float LOG2_E = 1.44269504f;
 
-static inline __m512i load_line(const uint16_t* from, int64_t left) {
-  return left >= WIDTH ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((__mmask32)((1u << left) - 1), from);
+// Tiles for each one of bfloat16. A float32 value is the sum of two bfloat16 ones and of 2^-17 of it, which is left out:
+// (a + b)(c + d) = ac + ad + bc, and bd, which is left out. So the rows of one side have tiles of a, a, b in turn, and the
+// columns of the other c, d, c (Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For
+// Higher-Precision Computations", arXiv:1904.06376).
+constexpr int64_t parts_of(int dtype) { return dtype == FLOAT32 ? 3 : 1; }
+
+static inline __m512i narrow_both(__m512 left, __m512 right) {
+#ifdef __AVX512BF16__
+  return (__m512i)_mm512_cvtne2ps_pbh(right, left);
+#else
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bf16(left)), narrow_bf16(right), 1);
+#endif
+}
+
+// 32 values as bfloat16, and what that leaves of them.
+struct Line {
+  __m512i value, rest;
+};
+
+static inline Line split(__m512 left, __m512 right) {
+  const __m512i value = narrow_both(left, right);
+  left = _mm512_sub_ps(left, widen_bf16(_mm512_castsi512_si256(value)));
+  right = _mm512_sub_ps(right, widen_bf16(_mm512_extracti64x4_epi64(value, 1)));
+  return {value, narrow_both(left, right)};
+}
+
+template <int DTYPE>
+static inline Line load_line(const char* from, int64_t left) {  // `left` may be 0 or less
+  if constexpr (DTYPE == FLOAT32) {
+    const __mmask16 first = left > 0 ? lanes(left) : 0, second = left > 16 ? lanes(left - 16) : 0;
+    return split(_mm512_maskz_loadu_ps(first, from), _mm512_maskz_loadu_ps(second, from + 64));
+  } else {
+    const __mmask32 mask = left >= WIDTH ? 0xffffffff : left > 0 ? (__mmask32)((1u << left) - 1) : 0;
+    return {_mm512_maskz_loadu_epi16(mask, from), _mm512_setzero_si512()};
+  }
+}
+
+template <int DTYPE>
+static inline void store_row(char* line, const Line& own) {  // of a tile of rows
+  _mm512_store_si512(line, own.value);
+  if constexpr (DTYPE == FLOAT32) {
+    _mm512_store_si512(line + TILE, own.value);
+    _mm512_store_si512(line + 2 * TILE, own.rest);
+  }
 }
 
 static inline void transpose(__m512i (&a)[16]) {  // of 16 x 16 elements of 32 bits
@@ -53,61 +96,81 @@ static inline void transpose(__m512i (&a)[16]) {  // of 16 x 16 elements of 32 b
   }
 }
 
-// 16 rows, of which `count` there are, as a panel of activations.
-static inline void pack_panel(const uint16_t* from, int64_t line, int64_t count, int64_t features, char* panel) {
-  for (int64_t f = 0; f < features; f += WIDTH, panel += TILE)
+// 16 rows, of which `count` there are, as a panel of activations. Rows are `line` bytes apart.
+template <int DTYPE>
+static inline void pack_panel(const char* from, int64_t line, int64_t count, int64_t features, char* panel) {
+  for (int64_t f = 0; f < features; f += WIDTH, from += WIDTH * bytes_of(DTYPE), panel += parts_of(DTYPE) * TILE)
     for (int64_t r = 0; r < 16; r++)
-      _mm512_store_si512(panel + 64 * r, r < count ? load_line(from + r * line + f, features - f) : _mm512_setzero_si512());
+      store_row<DTYPE>(panel + 64 * r, load_line<DTYPE>(from + r * line, r < count ? features - f : 0));
+}
+
+static inline void store_column(char* column, __m512i (&lines)[16]) {
+  transpose(lines);
+  for (int64_t r = 0; r < 16; r++) _mm512_store_si512(column + 64 * r, lines[r]);
 }
 
 // 16 keys, of which `count` there are, as 16 channels of weights.
-static inline void pack_keys(const uint16_t* from, int64_t line, int64_t count, int64_t features, char* column) {
-  for (int64_t f = 0; f < features; f += WIDTH, column += TILE) {
-    __m512i lines[16];
-    for (int64_t r = 0; r < 16; r++)
-      lines[r] = r < count ? load_line(from + r * line + f, features - f) : _mm512_setzero_si512();
-    transpose(lines);
-    for (int64_t r = 0; r < 16; r++) _mm512_store_si512(column + 64 * r, lines[r]);
+template <int DTYPE>
+static inline void pack_keys(const char* from, int64_t line, int64_t count, int64_t features, char* column) {
+  for (int64_t f = 0; f < features; f += WIDTH, from += WIDTH * bytes_of(DTYPE), column += parts_of(DTYPE) * TILE) {
+    __m512i values[16], rests[16];
+    for (int64_t r = 0; r < 16; r++) {
+      const Line own = load_line<DTYPE>(from + r * line, r < count ? features - f : 0);
+      values[r] = own.value, rests[r] = own.rest;
+    }
+    store_column(column, values);
+    if constexpr (DTYPE == FLOAT32) {
+      memcpy(column + 2 * TILE, column, TILE);
+      store_column(column + TILE, rests);
+    }
   }
 }
 
 // `keys` rows of 16 features, of which `count` there are, as 16 channels of weights.
-static inline void pack_values(const uint16_t* from, int64_t line, int64_t keys, int64_t count, char* column) {
+template <int DTYPE>
+static inline void pack_values(const char* from, int64_t line, int64_t keys, int64_t count, char* column) {
+  const auto interleaved = [](__m512i rows) {  // of two rows of 16, one after the other: pairs
+    const __m512i even = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(rows));
+    return _mm512_or_si512(even, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(rows, 1)), 16));
+  };
   const __mmask16 mask = count > 0 ? lanes(count) : 0;
-  for (int64_t k = 0; k < ceil_div(keys, WIDTH) * WIDTH; k += 2, column += 64) {
-    const __m256i even = k < keys ? _mm256_maskz_loadu_epi16(mask, from + k * line) : _mm256_setzero_si256();
-    const __m256i odd = k + 1 < keys ? _mm256_maskz_loadu_epi16(mask, from + (k + 1) * line) : _mm256_setzero_si256();
-    const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-    _mm512_store_si512(column, pairs);
+  for (int64_t k = 0; k < ceil_div(keys, WIDTH) * WIDTH; k += 2) {
+    const __mmask16 first = k < keys ? mask : 0, second = k + 1 < keys ? mask : 0;
+    const char* const at = from + k * line;
+    char* const to = column + k / WIDTH * parts_of(DTYPE) * TILE + k % WIDTH * 32;
+    if constexpr (DTYPE == FLOAT32) {
+      const Line own = split(_mm512_maskz_loadu_ps(first, at), _mm512_maskz_loadu_ps(second, at + line));
+      _mm512_store_si512(to, interleaved(own.value));
+      _mm512_store_si512(to + TILE, interleaved(own.rest));
+      _mm512_store_si512(to + 2 * TILE, interleaved(own.value));
+    } else {
+      const __m512i even = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(first, at));
+      _mm512_store_si512(to, interleaved(_mm512_inserti64x4(even, _mm256_maskz_loadu_epi16(second, at + line), 1)));
+    }
   }
 }
 
-// 2^x for x <= 0, to 8e-5, relative, which bfloat16 does not show; 0 below 2^-126. That of a NaN is one. What is added and
-// taken off again rounds to an integer, which is then in the lowest bits.
+// 2^x for x <= 0, to 8e-5, relative, which bfloat16 does not show, or to 8e-8; 0 below 2^-126, since numbers that small take
+// a processor a hundred times as long. That of a NaN is one. What is added and taken off again rounds to an integer, which
+// is then in the lowest bits.
+template <int DTYPE>
 static inline __m512 power_of_two(__m512 x) {
   const __m512 rounder = _mm512_set1_ps(12582912);  // 1.5 * 2^23
   const __mmask16 large = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
-  const __m512 n = _mm512_add_ps(x, rounder);
-  constexpr float factors[] = {0.05517166f, 0.24261112f, 0.69326099f, 0.99992807f};  // fitted, in Lawson's way
-  const __m512i power = _mm512_castps_si512(polynomial(_mm512_sub_ps(x, _mm512_sub_ps(n, rounder)), factors));
+  const __m512 n = _mm512_add_ps(x, rounder), r = _mm512_sub_ps(x, _mm512_sub_ps(n, rounder));
+  constexpr float few[] = {0.05517166f, 0.24261112f, 0.69326099f, 0.99992807f};  // fitted, in Lawson's way
+  constexpr float many[] = {0.00132765f, 0.00967554f, 0.05550713f, 0.2402212f, 0.69314697f, 1.00000007f};
+  const __m512i power = _mm512_castps_si512(DTYPE == FLOAT32 ? polynomial(r, many) : polynomial(r, few));
   return _mm512_castsi512_ps(_mm512_maskz_add_epi32(large, power, _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
-}
-
-static inline __m512i narrow_both(__m512 left, __m512 right) {
-#ifdef __AVX512BF16__
-  return (__m512i)_mm512_cvtne2ps_pbh(right, left);
-#else
-  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bf16(left)), narrow_bf16(right), 1);
-#endif
 }
 
 constexpr int NO_MASK = -1;
 constexpr int64_t ROWS = 8;  // a loop over keys for each row would end so often that its end is not foreseen
 
 // The scores of 8 rows, [strips][32 rows][32 keys] from `scores` on, become the weights of values, not yet divided by
-// their sums, in lines of 32 that are TILE apart. Of row i only the first `reach(i)` keys count, no fewer than of the row
+// their sums, in tiles of rows. Of row i only the first `reach(i)` keys count, no fewer than of the row
 // before. Rows of the mask are `mask_line` bytes apart.
-template <int MASK, class Reach>
+template <int DTYPE, int MASK, class Reach>
 static inline void softmax(float* scores, int64_t strips, Reach reach, float scale, const char* mask, int64_t mask_line,
                            char* weights, float* sums) {
   const __m512 least = _mm512_set1_ps(-INFINITY), factor = _mm512_set1_ps(scale * LOG2_E), unit = _mm512_set1_ps(LOG2_E);
@@ -144,10 +207,14 @@ static inline void softmax(float* scores, int64_t strips, Reach reach, float sca
 #pragma GCC unroll 8
     for (int64_t i = 0; i < ROWS; i++) {
       const float* const at = scores + (s * BLOCK_ROWS + i) * STRIP;
-      const __m512 left = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(at), own, origin[i]));
-      const __m512 right = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(at + 16), own, origin[i]));
+      const __m512 left = power_of_two<DTYPE>(_mm512_fmsub_ps(_mm512_load_ps(at), own, origin[i]));
+      const __m512 right = power_of_two<DTYPE>(_mm512_fmsub_ps(_mm512_load_ps(at + 16), own, origin[i]));
       of[i] = _mm512_add_ps(of[i], _mm512_add_ps(left, right));
-      _mm512_store_si512(weights + s * TILE + 64 * i, narrow_both(left, right));
+      char* const line = weights + s * parts_of(DTYPE) * TILE + 64 * i;
+      if constexpr (DTYPE == FLOAT32)
+        store_row<DTYPE>(line, split(left, right));
+      else
+        _mm512_store_si512(line, narrow_both(left, right));
     }
 #pragma GCC unroll 8
   for (int64_t i = 0; i < ROWS; i++) sums[i] = _mm512_reduce_add_ps(of[i]);
@@ -157,31 +224,38 @@ static inline void softmax(float* scores, int64_t strips, Reach reach, float sca
 struct Block {
   int64_t row, rows, strips;  // the first row; how many; how many strips of 32 keys some of them are given
   const char *mask, *values;  // values: packed
-  uint16_t* out;
+  char* out;
   float* scores;
   alignas(64) float sums[BLOCK_ROWS];
 };
 
-// What a thread works on at a time: packed keys, and packed values twice; scores twice, and products; packed rows, of
-// queries and of weights.
-static inline int64_t attention_bytes(int64_t keys, int64_t features) {
-  const int64_t steps = ceil_div(features, WIDTH), strips = ceil_div(keys, STRIP);
-  return 3 * strips * steps * 2 * TILE + (2 * strips + steps) * BLOCK_ROWS * STRIP * 4 + (strips + steps) * 2 * TILE;
-}
+// What a thread works on at a time: packed keys, and packed values twice; packed rows of queries and of weights; scores
+// twice, and products.
+struct Room {
+  int64_t keys, queries, weights, scores, products;  // bytes
+
+  Room(int64_t count, int64_t features, int64_t parts) {
+    const int64_t steps = ceil_div(features, WIDTH), strips = ceil_div(count, STRIP), block = BLOCK_ROWS * STRIP * 4;
+    keys = strips * steps * 2 * TILE * parts, queries = steps * 2 * TILE * parts, weights = strips * 2 * TILE * parts;
+    scores = strips * block, products = steps * block;
+  }
+
+  int64_t bytes() const { return 3 * keys + queries + weights + 2 * scores + products; }
+};
 
 // One thread's share: blocks `first` to `end` of all, those of one head after another.
-template <int MASK>
+template <int DTYPE, int MASK>
 class Attending {
  public:
   Attending(const Attention& call, const void* q, const void* k, const void* v, const void* mask, void* out)
-      : call_(call), q_((const uint16_t*)q), k_((const uint16_t*)k), v_((const uint16_t*)v), mask_((const char*)mask),
-        out_((uint16_t*)out), steps_(ceil_div(call.features, WIDTH)), strips_(ceil_div(call.keys, STRIP)) {
-    const int64_t own = strips_ * STRIP * steps_ * WIDTH * 2, block = BLOCK_ROWS * STRIP * 4;  // bytes
-    char* at = scratch<2>(attention_bytes(call.keys, call.features));
+      : call_(call), q_((const char*)q), k_((const char*)k), v_((const char*)v), mask_((const char*)mask), out_((char*)out),
+        steps_(ceil_div(call.features, WIDTH)), strips_(ceil_div(call.keys, STRIP)) {
+    const Room room(call.keys, call.features, PARTS);
+    char* at = scratch<2>(room.bytes());
     const auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
-    keys_ = take(own), values_[0] = take(own), values_[1] = take(own);
-    queries_ = take(steps_ * 2 * TILE), weights_ = take(strips_ * 2 * TILE);
-    scores_[0] = (float*)take(strips_ * block), scores_[1] = (float*)take(strips_ * block), products_ = (float*)take(steps_ * block);
+    keys_ = take(room.keys), values_[0] = take(room.keys), values_[1] = take(room.keys);
+    queries_ = take(room.queries), weights_ = take(room.weights);
+    scores_[0] = (float*)take(room.scores), scores_[1] = (float*)take(room.scores), products_ = (float*)take(room.products);
   }
 
   void run(int64_t first, int64_t end) {
@@ -196,45 +270,49 @@ class Attending {
   }
 
  private:
+  static constexpr int64_t PARTS = parts_of(DTYPE), BYTES = bytes_of(DTYPE), PANEL = PARTS * TILE;  // of 16 rows, a step
+
   void score(Block& b, int64_t i) {
     const int64_t blocks = ceil_div(call_.rows, BLOCK_ROWS), head = i / blocks % call_.heads, batch = i / blocks / call_.heads;
     const int64_t key_head = head / (call_.heads / call_.key_heads);
     if (batch * call_.key_heads + key_head != packed_) {
       packed_ = batch * call_.key_heads + key_head;
-      pack(k_ + batch * call_.k.batch + key_head * call_.k.head, v_ + batch * call_.v.batch + key_head * call_.v.head);
+      pack(at(k_, call_.k, batch, key_head, 0), at(v_, call_.v, batch, key_head, 0));
     }
     b.row = i % blocks * BLOCK_ROWS;
     b.rows = std::min(BLOCK_ROWS, call_.rows - b.row);
     b.strips = ceil_div(reach(b, b.rows - 1), STRIP);
     b.mask = mask_ + (batch * call_.mask.batch + head * call_.mask.head + b.row * call_.mask.row) * bytes_of(MASK);
     b.values = values_[turn_];
-    b.out = out_ + batch * call_.out.batch + head * call_.out.head + b.row * call_.out.row;
+    b.out = out_ + (batch * call_.out.batch + head * call_.out.head + b.row * call_.out.row) * BYTES;
     b.scores = scores_[i % 2];
-    const uint16_t* const q = q_ + batch * call_.q.batch + head * call_.q.head + b.row * call_.q.row;
-    pack_panel(q, call_.q.row, b.rows, call_.features, queries_);
-    if (b.rows > 16) pack_panel(q + 16 * call_.q.row, call_.q.row, b.rows - 16, call_.features, queries_ + steps_ * TILE);
+    const char* const q = at(q_, call_.q, batch, head, b.row);
+    const int64_t line = call_.q.row * BYTES;
+    pack_panel<DTYPE>(q, line, b.rows, call_.features, queries_);
+    if (b.rows > 16) pack_panel<DTYPE>(q + 16 * line, line, b.rows - 16, call_.features, queries_ + steps_ * PANEL);
     for (int64_t s = 0; s < b.strips; s++)
-      product(queries_, b.rows, keys_ + s * 2 * steps_ * TILE, steps_, steps_, b.scores + s * BLOCK_ROWS * STRIP);
+      product(queries_, b.rows, keys_ + s * 2 * steps_ * PANEL, steps_, steps_, b.scores + s * BLOCK_ROWS * STRIP);
   }
 
-  void pack(const uint16_t* k, const uint16_t* v) {
+  void pack(const char* k, const char* v) {
+    const int64_t k_line = call_.k.row * BYTES, v_line = call_.v.row * BYTES;
     turn_ = 1 - turn_;
     for (int64_t n = 0; n < strips_ * STRIP; n += 16)
-      pack_keys(k + n * call_.k.row, call_.k.row, call_.keys - n, call_.features, keys_ + n * steps_ * 64);
+      pack_keys<DTYPE>(k + n * k_line, k_line, call_.keys - n, call_.features, keys_ + n / 16 * steps_ * PANEL);
     for (int64_t f = 0; f < steps_ * WIDTH; f += 16)
-      pack_values(v + f, call_.v.row, call_.keys, call_.features - f, values_[turn_] + f * strips_ * 64);
+      pack_values<DTYPE>(v + f * BYTES, v_line, call_.keys, call_.features - f, values_[turn_] + f / 16 * strips_ * PANEL);
   }
 
   void weigh(Block& b) {
     const int64_t mask_line = call_.mask.row * bytes_of(MASK);
     for (int64_t r = 0; r < b.rows; r += ROWS)
-      softmax<MASK>(b.scores + r * STRIP, b.strips, [&](int64_t i) { return reach(b, r + i); }, call_.scale, b.mask + r * mask_line,
-                    mask_line, weights_ + r / 16 * strips_ * TILE + r % 16 * 64, b.sums + r);
+      softmax<DTYPE, MASK>(b.scores + r * STRIP, b.strips, [&](int64_t i) { return reach(b, r + i); }, call_.scale,
+                           b.mask + r * mask_line, mask_line, weights_ + r / 16 * strips_ * PANEL + r % 16 * 64, b.sums + r);
   }
 
   void multiply_values(const Block& b) {
     for (int64_t s = 0; s < steps_; s++)
-      product(weights_, b.rows, b.values + s * 2 * strips_ * TILE, b.strips, strips_, products_ + s * BLOCK_ROWS * STRIP);
+      product(weights_, b.rows, b.values + s * 2 * strips_ * PANEL, b.strips, strips_, products_ + s * BLOCK_ROWS * STRIP);
   }
 
   void store_out(Block& b) {
@@ -247,7 +325,7 @@ class Attending {
       const float* const from = products_ + f / STRIP * BLOCK_ROWS * STRIP + f % STRIP;
       for (int64_t r = 0; r < b.rows; r++) {
         const __m512 y = _mm512_mul_ps(_mm512_load_ps(from + r * STRIP), _mm512_set1_ps(b.sums[r]));
-        store<BFLOAT16>(b.out + r * call_.out.row, f, lanes(call_.features - f), y);
+        store<DTYPE>(b.out + r * call_.out.row * BYTES, f, lanes(call_.features - f), y);
       }
     }
   }
@@ -255,20 +333,35 @@ class Attending {
   // How many keys a row of a block is given.
   int64_t reach(const Block& b, int64_t r) const { return call_.causal ? std::min(call_.keys, b.row + r + 1) : call_.keys; }
 
+  static const char* at(const char* from, const Strides& strides, int64_t batch, int64_t head, int64_t row) {
+    return from + (batch * strides.batch + head * strides.head + row * strides.row) * BYTES;
+  }
+
   static void product(const char* block, int64_t rows, const char* strip, int64_t steps, int64_t length, float* to) {
-    multiply<BFloat16>(block, rows, strip, steps, length, nullptr, (int32_t*)to, [] {});
+    multiply<BFloat16>(block, rows, strip, steps * PARTS, length * PARTS, nullptr, (int32_t*)to, [] {});
   }
 
   const Attention& call_;
-  const uint16_t *const q_, *const k_, *const v_;
-  const char* const mask_;
-  uint16_t* const out_;
+  const char *const q_, *const k_, *const v_, *const mask_;
+  char* const out_;
   const int64_t steps_, strips_;  // of 32 features, and of 32 keys
   int64_t packed_ = -1, turn_ = 0;  // the head whose keys are packed, and where its values are
   char *keys_, *values_[2], *queries_, *weights_;
   float *scores_[2], *products_;
   Block blocks_[3];
 };
+
+template <int DTYPE, int MASK>
+int attend(const Attention& call, const void* q, const void* k, const void* v, const void* mask, void* out, int threads) {
+  const int64_t blocks = ceil_div(call.rows, BLOCK_ROWS) * call.heads * call.batch;
+  int failed = 0;
+#pragma omp parallel num_threads(team_for(call.batch * call.heads * call.rows, call.keys, call.features, threads)) reduction(| : failed)
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    failed = done([&] { Attending<DTYPE, MASK>(call, q, k, v, mask, out).run(blocks * thread / team, blocks * (thread + 1) / team); });
+  }
+  return failed;
+}
 
 }  // namespace
 
@@ -282,23 +375,17 @@ extern "C" int autoplan_attends_in_tiles() {
 }
 
 // How many bytes a thread works on at a time. They should stay in its second-level cache.
-extern "C" int64_t autoplan_attention_bytes(int64_t keys, int64_t features) { return attention_bytes(keys, features); }
+extern "C" int64_t autoplan_attention_bytes(int64_t keys, int64_t features, int dtype) {
+  return Room(keys, features, parts_of(dtype)).bytes();
+}
 
 // Returns what `done` does.
 extern "C" int autoplan_attention(const Attention* call, const void* q, const void* k, const void* v, const void* mask, void* out,
                                   int threads) {
-  const int64_t blocks = ceil_div(call->rows, BLOCK_ROWS) * call->heads * call->batch;
-  threads = team_for(call->batch * call->heads * call->rows, call->keys, call->features, threads);
   const auto run = [&](auto mask_dtype) {
-    int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-    {
-      const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-      failed = done([&] {
-        Attending<decltype(mask_dtype)::value>(*call, q, k, v, mask, out).run(blocks * thread / team, blocks * (thread + 1) / team);
-      });
-    }
-    return failed;
+    constexpr int MASK = decltype(mask_dtype)::value;
+    const auto attend_to = call->dtype == FLOAT32 ? attend<FLOAT32, MASK> : attend<BFLOAT16, MASK>;
+    return attend_to(*call, q, k, v, mask, out, threads);
   };
   if (!mask) return run(std::integral_constant<int, NO_MASK>());
   int failed = 0;

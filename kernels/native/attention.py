@@ -1,4 +1,4 @@
-"""Attention in bfloat16, in C++ (attention.cpp): what compiled models call between planned layers, not torch's."""
+"""Attention, in C++ (attention.cpp): what compiled models call between planned layers, not torch's own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor
 from autoplan.kernels import native, ops
 from autoplan.kernels.native.build import library
 
-_ALONE = 128  # keys that a single row is worth packing for
+_ALONE = 128  # keys that a single row of bfloat16 is worth packing for
+_FLOAT_ROWS = 32  # of float32, that keys are worth packing for
 _Strides = ctypes.c_int64 * 3  # `struct Strides`
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _Attention(ctypes.Structure):
@@ -22,18 +24,20 @@ class _Attention(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "rows", "keys", "features")),
         *((name, _Strides) for name in ("q", "k", "v", "out", "mask")),
+        ("dtype", ctypes.c_int),
         ("mask_dtype", ctypes.c_int),
         ("causal", ctypes.c_int),
         ("scale", ctypes.c_float),
     )
 
 
-def pays(rows: int, keys: int, features: int) -> bool:
+def pays(rows: int, keys: int, features: int, dtype: torch.dtype) -> bool:
     """Whether it is faster than torch's: on AMX tiles, where what a thread works on stays in its second-level cache."""
     if native.missing() or not library().autoplan_attends_in_tiles():
         return False
-    few_keys = library().autoplan_attention_bytes(keys, features) <= library().autoplan_cache_bytes()
-    return few_keys and (rows > 1 or keys <= _ALONE)
+    nbytes = library().autoplan_attention_bytes(keys, features, native.CODES[dtype])
+    enough = rows >= _FLOAT_ROWS if dtype == torch.float32 else rows > 1 or keys <= _ALONE
+    return enough and nbytes <= library().autoplan_cache_bytes()
 
 
 @functools.cache
@@ -45,7 +49,7 @@ def writer(causal: bool, scale: float) -> ops.Write:
         mask = masks[0] if masks else None
         call = _call(
             (*q.shape, *k.shape[1:3]), (q.stride(), k.stride(), v.stride(), out.stride(), _mask_strides(mask)),
-            0 if mask is None else native.CODES[mask.dtype], causal, scale,
+            (native.CODES[q.dtype], 0 if mask is None else native.CODES[mask.dtype]), causal, scale,
         )  # fmt: skip
         if run(
             call, q.data_ptr(), k.data_ptr(), v.data_ptr(), None if mask is None else mask.data_ptr(), out.data_ptr(),
@@ -64,11 +68,11 @@ def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
 
 @functools.lru_cache(256)
 def _call(
-    sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...], mask_dtype: int, causal: bool, scale: float
+    sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...], dtypes: tuple[int, int], causal: bool, scale: float
 ) -> Any:  # a reference, as ctypes hands it on
     batch, heads, rows, features, key_heads, keys = sizes
     own = (_Strides(*steps[:3]) for steps in strides)
-    return ctypes.byref(_Attention(batch, heads, key_heads, rows, keys, features, *own, mask_dtype, causal, scale))
+    return ctypes.byref(_Attention(batch, heads, key_heads, rows, keys, features, *own, *dtypes, causal, scale))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -88,9 +92,9 @@ def _attend_fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty((batch, rows, heads, features)).transpose(1, 2)  # in this order a next layer is given it
 
 
-# softmax(q k^T * scale + mask) v, in the shape of q [batch, heads, rows, features]. k and v are
-# [batch, key_heads, keys, features], and each of their heads serves as many heads of q, one after another. The mask is
-# [batch or 1, heads or 1, rows or 1, keys], of any of FLOATS. Causal: row i is given the keys up to i.
+# softmax(q k^T * scale + mask) v, in the shape of q [batch, heads, rows, features] and its dtype, one of DTYPES. k and
+# v are [batch, key_heads, keys, features], and each of their heads serves as many heads of q, one after another. The
+# mask is [batch or 1, heads or 1, rows or 1, keys], of any of FLOATS. Causal: row i is given the keys up to i.
 ops.define_op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> Tensor", _attend, _attend_fake
 )

@@ -51,7 +51,7 @@ def library(*flags: str) -> ctypes.CDLL:
     quantize.argtypes, quantize.restype = _QUANTIZE_TAKES, None
     loaded.autoplan_cache_bytes.restype = _N
     loaded.autoplan_attention.argtypes = _ATTENTION_TAKES
-    loaded.autoplan_attention_bytes.argtypes, loaded.autoplan_attention_bytes.restype = (_N, _N), _N
+    loaded.autoplan_attention_bytes.argtypes, loaded.autoplan_attention_bytes.restype = (_N, _N, _I), _N
     if not loaded.autoplan_available():
         raise KernelError("the operating system does not grant the AMX tile registers")
     return loaded

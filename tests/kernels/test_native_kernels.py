@@ -238,7 +238,7 @@ def test_weights_in_groups_are_quantized_as_torch_does(
 
 def test_weights_that_the_cpp_cannot_quantize_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: pytest.fail("called"))
-    monkeypatch.setattr(native, "_missing", lambda: "")
+    monkeypatch.setattr(native, "missing", lambda: "")
     for weight, group_size in ((torch.randn(3, 24), 24), (torch.randn(3, 32, dtype=torch.float64), 32)):
         for bits in (4, 6):
             expected = packing.quantize_grouped(weight, group_size, bits)
@@ -247,7 +247,7 @@ def test_weights_that_the_cpp_cannot_quantize_go_to_torch(monkeypatch: pytest.Mo
     with pytest.raises(RuntimeError, match="invalid for input of size"):
         native.quantize_grouped_fast(torch.randn(3, 80), 32)
     assert native.quantize_grouped_fast(torch.empty(4, 64, device="meta"), 32)["codes"].device.type == "meta"
-    monkeypatch.setattr(native, "_missing", lambda: "no compiler")
+    monkeypatch.setattr(native, "missing", lambda: "no compiler")
     assert native.quantize_grouped_fast(torch.randn(4, 64), 32)["codes"].shape == (4, 32)
 
 
