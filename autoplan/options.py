@@ -15,6 +15,7 @@ from autoplan.records import Device, LayerPlan, LayerProfile, Measurement, Optio
 from autoplan.selection import PLAIN, kernel_names
 
 SQNR_FLOOR_DB = 10.0
+_HALF_THE_BITS = 0.1  # of the time that twice the bits take: what half of them have to save
 _TUNED_CONFIGS = 4  # of a kernel's variants that a race tries: they come best guess first
 _NOT_TIMED = "not timed: max_seconds ran out"
 SHOWN_DB = 999.0  # stands for a layer output that is exactly equal
@@ -288,7 +289,7 @@ def _not_faster_than_finer(options: Sequence[Option], candidates: Iterable[Candi
     """Candidates that do what another does, with more harm, and are not worth it; and why.
 
     Faster than those that are a little finer they have to be by the margin; than twice the bits, which do many times
-    less harm, surely: their intervals apart.
+    less harm, surely, their intervals apart, and by a tenth: layers alone that gained less made models slower.
     """
     usable = {option.candidate: option for option in options if not option.rejected}
     found: dict[str, str] = {}
@@ -296,9 +297,15 @@ def _not_faster_than_finer(options: Sequence[Option], candidates: Iterable[Candi
         option, wider = usable.get(candidate.name), usable.get(candidate.in_more_bits or "")
         if option is None or option.us is None:
             continue
-        if wider and wider.us_low is not None and (option.us_high is None or option.us_high >= wider.us_low):
-            found[candidate.name] = f"not surely faster than {wider.candidate}, whose weights are finer"
-            continue
+        if wider and wider.us is not None and wider.us_low is not None:
+            if option.us_high is None or option.us_high >= wider.us_low:
+                found[candidate.name] = f"not surely faster than {wider.candidate}, whose weights are finer"
+                continue
+            if option.us > (1 - _HALF_THE_BITS) * wider.us:
+                found[candidate.name] = (
+                    f"not {_HALF_THE_BITS:.0%} faster than {wider.candidate}, whose weights are finer"
+                )
+                continue
         for name in candidate.finer:
             us = usable[name].us if name in usable and name not in found else None
             if us is not None and option.us > (1 - MARGIN) * us:
