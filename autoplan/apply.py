@@ -20,6 +20,7 @@ from autoplan.offload import identity, is_offloaded, values
 from autoplan.plan import Plan
 from autoplan.recorder import dtype_name, refuse_planned, unwrap
 from autoplan.records import LayerPlan, label
+from autoplan.region import Region
 from autoplan.selection import fused_sets, is_plain
 from autoplan.siblings import join
 
@@ -55,7 +56,7 @@ def apply_plan(model: Model, plan: Plan, *, weights: Weights = "check") -> Model
     check_match(root, plan, weights)
     planned = stand_ins_of(root, plan.layers)
     stale = (*environment_differences(plan.fingerprints.get("environment", {})), *_kernels_lacking(planned.values()))
-    Swap(root, planned).exchange()
+    Swap(root, planned, plan.region).exchange()
     if stale:
         _logger.warning(
             "this plan was made in another environment, so its times may not hold: %s. plan.revalidate(float_model, "
@@ -145,10 +146,15 @@ def stand_ins(model: nn.Module, names: tuple[str, ...], candidate: str, program:
 class Swap:
     """`model` with these layers while inside a `with` block, as often as one likes, and as it was after it.
 
-    Their places are found once: for many layers that takes longer than a forward of a small model.
+    With a device type and a dtype, `autocast`, it enters such a region by itself, too. The layers' places are found
+    once: for many layers that takes longer than a forward of a small model.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], autocast: tuple[str, str] | None = None
+    ) -> None:
+        self._model = model
+        self._forward = Region(model, *autocast) if autocast else vars(model).get("forward")
         places: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
         for name, layer in layers.items():
             parent, _, attribute = name.rpartition(".")
@@ -161,6 +167,9 @@ class Swap:
         """Put in what is out, and take out what was there."""
         for i, (modules, attribute) in enumerate(self._places):
             modules[attribute], self._out[i] = self._out[i], modules[attribute]
+        forward, self._forward = self._forward, vars(self._model).pop("forward", None)
+        if forward is not None:
+            vars(self._model)["forward"] = forward
 
     def __enter__(self) -> None:
         self.exchange()

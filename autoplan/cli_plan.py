@@ -61,6 +61,7 @@ def add(commands: Any, command: AddCommand, positive: Callable[[str], int], budg
     parser.add_argument("--max-seconds", type=float, metavar="S", help="stop measuring after about this long")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="digest every byte of the weights, not a sample")
+    parser.add_argument("--no-autocast", action="store_true", help="keep what is between the layers in float32")
     cache = parser.add_mutually_exclusive_group()
     cache.add_argument(
         "--cache", metavar="PLACE", help="a folder, a .json or .pkl file, or a URL (default: the user's)"
@@ -115,6 +116,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         max_seconds=arguments.max_seconds,
         seed=arguments.seed,
         strict=arguments.strict,
+        autocast=not arguments.no_autocast,
     )
     plan.save(arguments.out)
     if arguments.json:

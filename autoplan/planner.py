@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +45,7 @@ from autoplan.records import (
     Sensitivity,
     Shape,
 )
+from autoplan.region import DTYPE, recorded_inside
 from autoplan.request import Distributed, Evaluate, Patterns, Request, device_of, shown
 from autoplan.selection import (
     PLAIN,
@@ -84,6 +85,7 @@ def autoplan(
     seed: int = 0,
     strict: bool = False,
     distributed: Distributed = None,
+    autocast: bool = True,
 ) -> Model:
     """Give every Linear of `model` the fastest candidate that keeps the model's output inside `budget`, in place.
 
@@ -120,6 +122,10 @@ def autoplan(
             to call this: they share the measuring, and get one plan, made on what the first of them recorded; what
             fails on one fails on all. False: this process alone. "per device": as None, with a plan for each kind of
             device, where None refuses ranks that are unlike. A process group: its ranks.
+        autocast: whether the planned form of a float32 model may enter `torch.autocast(device_type, torch.bfloat16)`
+            by itself. It does where "bf16" is among the candidates, that is surely faster as a whole, and the
+            divergence from the float32 model stays inside the budget. What it returns is float32 as before. A model
+            that is called, or was recorded, in a region of the caller's is left to that.
 
     Raises:
         AutoplanError: an argument cannot be used; the message says which, and the remedy. BudgetError if no plan fits,
@@ -127,7 +133,7 @@ def autoplan(
     """
     request = Request(
         budget, candidates, include, exclude, pin, groups, output, loss, evaluate, cache, compiled, batch_invariant,
-        max_seconds, progress, seed, strict, distributed,
+        max_seconds, progress, seed, strict, distributed, autocast,
     )  # fmt: skip
     if not isinstance(model, nn.Module):
         raise AutoplanError(
@@ -175,6 +181,7 @@ def make_plan(
     seed: int = 0,
     strict: bool = False,
     distributed: Distributed = None,
+    autocast: bool = True,
 ) -> Plan:
     """Plan `model` on what `recording` saw, and change nothing. Arguments and errors as for `autoplan`.
 
@@ -182,7 +189,7 @@ def make_plan(
     """
     request = Request(
         budget, candidates, include, exclude, pin, groups, output, loss, evaluate, cache, compiled, batch_invariant,
-        max_seconds, progress, seed, strict, distributed,
+        max_seconds, progress, seed, strict, distributed, autocast,
     )  # fmt: skip
     with together(distributed) as ranks:
         return _make_plan(model, recording, request, ranks)
@@ -203,7 +210,8 @@ def _make_plan(model: nn.Module, recording: Recording, request: Request, ranks: 
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),  # where kernels are timed
         torch.autocast(device.type, enabled=False),  # replays enter the region that they were recorded in
     ):
-        return _Planning(_replica(root), recording, request, mode, progress, ranks).run()
+        planning = _Planning(_replica(root), recording, request, mode, progress, ranks)
+        return planning.or_in_autocast(planning.run())
 
 
 def _mode(model: nn.Module, compiled: bool) -> str:
@@ -242,6 +250,7 @@ class _Planning:
     mode: str
     progress: Progress
     ranks: Ranks
+    autocast: str | None = None  # the dtype of the region that the planned model is to enter by itself
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     cut_short: bool = False  # a stage ran out of time: with more, the plan could be another
@@ -257,7 +266,7 @@ class _Planning:
             self.cache = resolve(request.cache)
             profiles, left_alone = request.layers(recording)
             self.pinned, group_of = request.pinned(profiles), request.group_of(profiles)
-            own = request.fingerprints(self.model, recording, profiles, self.mode)
+            own = request.fingerprints(self.model, recording, profiles, self.mode, self.autocast)
             self.prints = self.ranks.meet(own, device_of_model(self.model), recording.sizes())
             profiles, weights = self.ranks.from_first(lambda: (profiles, recording.call_weights()))
             if not request.wants_bytes:  # of bytes a layer may have many that takes no time
@@ -298,6 +307,7 @@ class _Planning:
             request.output,
             self.mode,
             request.seed,
+            self.autocast,
         )
         with self._stage("validation"), undisturbed(self.model):
             validation = references(self.model, split.validation, request.output)
@@ -319,6 +329,7 @@ class _Planning:
             decided, outcome = validate.do_no_harm(
                 whole, settled.layers, budget, outcome, final,
                 judge=request.judge, pinned=self.pinned, seconds_left=self._seconds_left,
+                autocast=request.autocast,
             )  # fmt: skip
             self.progress("whole model", 1, 1)
         self.seconds["total"] = time.monotonic() - self.began
@@ -334,10 +345,34 @@ class _Planning:
             price_us=settled.price_us,
             outcome=outcome,
             planning_seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+            autocast=self.autocast,
         )
         if self._seconds_left() > 0 and not self.cut_short and (cache := self._plan_cache()):
             cache.put("plans", *entry(self.prints, plan.to_dict()))
         return plan
+
+    def or_in_autocast(self, plan: Plan) -> Plan:
+        """The plan that was made; or, where that gains from a region of autocast, one made for it, if it is faster."""
+        outcome = plan.outcome
+        if outcome is None or outcome.speedup is None or outcome.in_autocast is None:
+            return plan
+        took = plan.planning_seconds.get("total", 0.0)
+        if not self.ranks.alone:
+            return _noted(plan, "ranks that plan together plan no region of autocast")
+        if self._seconds_left() < took:
+            return _noted(plan, "no time was left to plan for a region of autocast")
+        limit = None if self.request.max_seconds is None else self._seconds_left()
+        try:
+            recording = recorded_inside(self.model, self.recording)
+            request = replace(self.request, max_seconds=limit)
+            there = _Planning(self.model, recording, request, self.mode, self.progress, self.ranks, DTYPE).run()
+        except Exception as error:
+            return _noted(plan, f"planning for a region of autocast failed: {type(error).__name__}: {error}")
+        speedup = there.outcome.speedup if there.outcome else None
+        if speedup is None or speedup.value <= outcome.speedup.value:
+            return _noted(plan, "a plan for a region of autocast was made too, and was no faster")
+        stages = {**there.planning_seconds, "without autocast": took, "total": took + there.planning_seconds["total"]}
+        return replace(there, planning_seconds=stages)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -434,6 +469,11 @@ class _Planning:
             made = stand_ins(self.model, (layer.name,), option.candidate, option.program)
             sizes[key] = made[layer.name].nbytes()
         return sizes[key]
+
+
+def _noted(plan: Plan, note: str) -> Plan:
+    """The plan with one note more; a plan without an outcome has none."""
+    return plan if plan.outcome is None else replace(plan, outcome=validate.noted(plan.outcome, note))
 
 
 class _FirstCall:

@@ -218,4 +218,6 @@ class Outcome:
     divergence_p99: float | None = None  # of the tokens' KL; of the samples' relative squared errors
     top1_agreement: float | None = None  # logits only: share of the positions whose most likely class is the same
     perplexity_ratio: float | None = None  # planned / float, of the input's own next tokens; language models only
+    in_autocast: Estimate | None = None  # time in a region of autocast / outside, where that is surely less and inside
+    # the budget, and the plan is for outside
     float_us: float | None = None  # the float model in one forward of each workload times its weight, if all were timed

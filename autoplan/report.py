@@ -338,6 +338,11 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         facts.append(("whole model", "the float model as it was"))
     else:
         facts.append(("whole model", _speed(outcome.speedup, "the float model")))
+        if plan.region:
+            device_type, dtype = plan.region
+            region = f'torch.autocast("{device_type}", torch.{dtype})'
+            words = "and returns float32 as before; the layers' float times are those in there"
+            facts.append(("autocast", f"the planned model enters {region} by itself, {words}"))
         if saving := _saving(plan, outcome):
             facts.append(("time saved", saving))
         facts.append(("versus uniform", _versus_uniform(outcome)))
@@ -397,11 +402,9 @@ def _saving(plan: Plan, outcome: Outcome) -> str:
     if whole is None or speedup is None:
         return ""
     times = f" ({whole / (whole - predicted):.2f}x)" if predicted < whole else ""
-    measured = whole - whole / speedup.value
-    return (
-        f"predicted {_us(predicted)} us{times}, measured {_us(measured)} us ({speedup.value:.2f}x), of the "
-        f"{_us(whole)} us that the float model takes as a whole"
-    )
+    measured = f"measured {_us(whole - whole / speedup.value)} us ({speedup.value:.2f}x)"
+    words = measured if plan.region else f"predicted {_us(predicted)} us{times}, {measured}"
+    return f"{words}, of the {_us(whole)} us that the float model takes as a whole"
 
 
 def _fidelity(outcome: Outcome) -> str:

@@ -62,6 +62,7 @@ class Request:
     seed: int = 0
     strict: bool = False
     distributed: Distributed = None
+    autocast: bool = True
 
     def __post_init__(self) -> None:
         Budget.of(self.budget, logits=True)
@@ -78,8 +79,9 @@ class Request:
             raise AutoplanError(f"the tolerance of evaluate= must be a number >= 0, not {judge[1]!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise AutoplanError(f"seed must be an integer >= 0, not {self.seed!r}")
-        if not isinstance(self.strict, bool):
-            raise AutoplanError(f"strict must be True or False, not {self.strict!r}")
+        for name, flag in (("strict", self.strict), ("autocast", self.autocast)):
+            if not isinstance(flag, bool):
+                raise AutoplanError(f"{name} must be True or False, not {flag!r}")
         if self.compiled is not None and not isinstance(self.compiled, bool):
             raise AutoplanError(f"compiled must be True, False or None, not {self.compiled!r}")
         if not (self.progress is None or isinstance(self.progress, bool) or callable(self.progress)):
@@ -162,9 +164,17 @@ class Request:
         return group_of
 
     def fingerprints(
-        self, model: nn.Module, recording: Recording, profiles: Sequence[LayerProfile], mode: str
+        self,
+        model: nn.Module,
+        recording: Recording,
+        profiles: Sequence[LayerProfile],
+        mode: str,
+        autocast: str | None = None,
     ) -> dict[str, Any]:
-        """All that a plan depends on, as plain data: environment, model, data, options."""
+        """All that a plan depends on, as plain data: environment, model, data, options.
+
+        `autocast` is the dtype of the region that the planned model is to enter by itself, if any.
+        """
         device = profiles[0].device if profiles else "cpu"
         model_print = fingerprint.model_fingerprint(named_values(model), self.strict)
         by_tensor: Any = model_print["tensors"]
@@ -188,7 +198,7 @@ class Request:
                 "workloads": dict(recording.weights),
                 "forwards": dict(recording.forwards),
             },
-            "options": self._plain(mode),
+            "options": self._plain(mode) | {"autocast": autocast or self.autocast},
             "planner": {"source": _own_source(), "lacking": self._lacking(device)},
         }
 

@@ -246,7 +246,10 @@ class _Revalidation:
                 None, "", None, NO_DIVERGENCE, against[0].logits, False, kappa, old.rounds if old else 0,
                 ("the divergence is that of the inputs given to revalidate",),
             )  # fmt: skip
-            whole = Whole(self.model, modules, recording.inputs, recording.weights, output, self.plan.mode, self.seed)
+            whole = Whole(
+                self.model, modules, recording.inputs, recording.weights, output, self.plan.mode, self.seed,
+                self.plan.autocast,
+            )  # fmt: skip
             outcome = whole.judged(outcome, chosen, against)
             divergence = outcome.divergence
         limit = self.plan.budget.divergence
@@ -260,9 +263,8 @@ class _Revalidation:
             return outcome, []
         with undisturbed(self.model, eager=False):
             times = validate.whole_model_times(
-                self.model, {"float": {}, "plan": made}, recording.inputs, recording.weights, baseline="plan",
-                mode=self.plan.mode, seconds=_WHOLE_MODEL_SECONDS, seed=self.seed,
-                share=validate.SHARE,
+                whole, {"float": whole.swapped({}), "plan": whole.swapped(made)}, baseline="plan",
+                seconds=_WHOLE_MODEL_SECONDS, share=validate.SHARE,
             )  # fmt: skip
         speedup = times.ratios["float"]
         if speedup.high < 1:

@@ -234,6 +234,7 @@ class _Book:
             "strategy": strategy,
             "output": asked["output"],
             "loss": asked["loss"],
+            "autocast": asked.get("autocast"),
             "seed": self.subject.seed,
             "layer": trial.profile.name,
             "program": trial.program,

@@ -32,6 +32,7 @@ from autoplan.divergence import (
 from autoplan.errors import AutoplanError
 from autoplan.recorder import ModelInput, device_of_model
 from autoplan.records import COMPILED, EAGER, NO_DIVERGENCE, Estimate, LayerPlan, Outcome
+from autoplan.region import DTYPE
 from autoplan.rescale import Measured, put_back
 from autoplan.selection import Budget, best_uniform, explained, is_plain, keep_float
 
@@ -59,17 +60,23 @@ class Whole:
     picker: OutputPicker | None
     mode: str
     seed: int
+    autocast: str | None = None  # the dtype of the region that the planned model enters by itself
+
+    def swapped(self, layers: Layers) -> Swap:
+        """The model with a plan's modules; without any, as it is."""
+        region = (device_of_model(self.model).type, self.autocast) if layers and self.autocast else None
+        return Swap(self.model, layers, region)
 
     def measure(self, plan: Sequence[LayerPlan], against: Sequence[Reference]) -> Measured:
         """The divergence of the planned model, with its one-sided 95 % upper bound."""
-        with Swap(self.model, self.stand_ins(plan)):
+        with self.swapped(self.stand_ins(plan)):
             found = compare(self.model, against, self.picker)
         return Measured(found.divergence(), found.upper_bound(self.seed))
 
     def judged(self, outcome: Outcome, plan: Sequence[LayerPlan], against: Sequence[Reference]) -> Outcome:
         """The outcome with the planned model's figures on these inputs."""
         rows, kl, same, losses = [], [], [], []
-        with Swap(self.model, self.stand_ins(plan)):
+        with self.swapped(self.stand_ins(plan)):
             for reference in against:
                 output, _ = judged_output(self.model, reference.model_input, self.picker)
                 rows.append(terms(reference, output))
@@ -93,7 +100,7 @@ class Whole:
 
     def score(self, evaluate: Evaluate, plan: Sequence[LayerPlan]) -> float:
         """What the user's metric says of the planned model. Raises AutoplanError where that is no number."""
-        with Swap(self.model, self.stand_ins(plan)), region_of(self.inputs[0], self.model):
+        with self.swapped(self.stand_ins(plan)), region_of(self.inputs[0], self.model):
             score = evaluate(self.model)
         try:
             return float(score)
@@ -156,6 +163,7 @@ def do_no_harm(
     judge: tuple[Evaluate, float | None] | None = None,
     pinned: Collection[str] = (),
     seconds_left: Callable[[], float] = lambda: math.inf,
+    autocast: bool = True,
 ) -> tuple[Sequence[LayerPlan], Outcome]:
     """The plan with the reason of every choice, and what was measured of it; or the float model, and why.
 
@@ -163,13 +171,14 @@ def do_no_harm(
     tolerance, the worst contributors are put back to none, until that split (by its upper bound) and the metric accept
     what is left. The float model is kept if they accept nothing, and if as a whole the plan is not surely faster
     (unless the caller pinned layers, or asked for fewer bytes). A uniform plan that is surely faster than the solver's
-    as a whole is taken in its place.
+    as a whole is taken in its place. With `autocast`, a region of it is tried, see `Outcome.in_autocast`, but for a
+    budget of time, which is a fraction of what float layers take outside.
     """
     name, uniform = best_uniform(plan, budget, outcome.kappa)
     outcome = replace(outcome, uniform=name)
     if all(map(is_plain, plan)):
         note = "nothing was switched: no candidate is faster, accurate enough and inside the budget"
-        return _explained(plan, budget, outcome, pinned), _noted(outcome, note)
+        return _explained(plan, budget, outcome, pinned), noted(outcome, note)
     with undisturbed(whole.model):
         outcome = whole.judged(outcome, plan, final)
     jury = _Jury(whole, judge)
@@ -189,26 +198,28 @@ def do_no_harm(
         if accepted is None or all(map(is_plain, accepted)):
             return _float_kept(plan, outcome, f"{reason}, so the float model is kept")
         back = sum(before.chosen != after.chosen for before, after in zip(plan, accepted, strict=True))
-        outcome = _noted(outcome, f"{reason}, so {back} layers were put back to none: that is accepted")
+        outcome = noted(outcome, f"{reason}, so {back} layers were put back to none: that is accepted")
         plan = accepted
         with undisturbed(whole.model):
             outcome = whole.judged(outcome, plan, final)
-    variants = {"float": {}, "plan": whole.stand_ins(plan)}
+    variants = {"float": whole.swapped({}), "plan": whole.swapped(whole.stand_ins(plan))}
     if [layer.chosen for layer in uniform] != [layer.chosen for layer in plan]:
-        variants["uniform"] = whole.stand_ins(uniform)
-    with undisturbed(whole.model, eager=False):
-        times = whole_model_times(
-            whole.model,
-            variants,
-            whole.inputs,
-            whole.weights,
-            baseline="plan",
-            mode=whole.mode,
-            seconds=min(_SECONDS, max(seconds_left(), 0.0)),
-            seed=whole.seed,
-            decisive="float" if seconds_left() > _SECONDS else "",
-            share=SHARE,
-        )
+        variants["uniform"] = whole.swapped(whole.stand_ins(uniform))
+    if autocast and budget.time is None and seconds_left() > 0 and _could_gain_in_autocast(whole, plan):
+        variants |= _in_autocast(whole, plan, budget, final)
+
+    def race() -> WholeTimes:
+        seconds, decisive = min(_SECONDS, max(seconds_left(), 0.0)), "float" if seconds_left() > _SECONDS else ""
+        with undisturbed(whole.model, eager=False):
+            return whole_model_times(whole, variants, baseline="plan", seconds=seconds, decisive=decisive, share=SHARE)
+
+    try:
+        times = race()
+    except Exception as error:
+        if variants.pop(IN_AUTOCAST, None) is None:
+            raise
+        _logger.info("the plan does not run inside autocast: %s: %s", type(error).__name__, error)
+        times = race()
     outcome = times.told(outcome)
     speedup = times.ratios["float"]
     explained_plan = _explained(plan, budget, outcome, pinned)
@@ -222,57 +233,36 @@ def do_no_harm(
             f"interval {speedup.low:.2f} to {speedup.high:.2f}), so the float model is kept"
         )
         return _float_kept(plan, outcome, reason)
-    if judge is None and _could_gain_in_autocast(whole, explained_plan) and seconds_left() > 0:
-        outcome = _advised(whole, explained_plan, budget, outcome, final, min(_SECONDS / 2, seconds_left()))
     return explained_plan, outcome
 
 
 def _could_gain_in_autocast(whole: Whole, plan: Sequence[LayerPlan]) -> bool:
     """Whether the model is float32, in no region of autocast, and bfloat16 was seen to make a layer of it faster."""
-    return all(item.autocast is None for item in whole.inputs) and any(
-        option.candidate == "bf16" and (option.us_high or math.inf) < layer.baseline_us
-        for layer in plan
-        if layer.dtype == "float32"
-        for option in layer.options
+    return (
+        whole.autocast is None
+        and all(item.autocast is None for item in whole.inputs)
+        and any(
+            option.candidate == "bf16" and (option.us_high or math.inf) < layer.baseline_us
+            for layer in plan
+            if layer.dtype == "float32"
+            for option in layer.options
+        )
     )
 
 
-def _advised(
-    whole: Whole,
-    plan: Sequence[LayerPlan],
-    budget: Budget,
-    outcome: Outcome,
-    final: Sequence[Reference],
-    seconds: float,
-) -> Outcome:
-    """The outcome, with a note where the planned model is surely faster in a region of autocast, inside the budget."""
-    there = [replace(reference, model_input=_in_autocast(reference.model_input)) for reference in final]
-    layers = whole.stand_ins(plan)
+def _in_autocast(
+    whole: Whole, plan: Sequence[LayerPlan], budget: Budget, final: Sequence[Reference]
+) -> dict[str, Swap]:
+    """The variant of the planned model in a region of autocast, by its name, if it runs there, inside the budget."""
+    there = replace(whole, autocast=DTYPE)
     try:
         with undisturbed(whole.model):
-            found = whole.measure(plan, there)
-        if budget.divergence is not None and not found.bound <= budget.divergence:
-            return outcome
-        with undisturbed(whole.model, eager=False):
-            ratio = whole_model_times(
-                whole.model, {"plan": layers, IN_AUTOCAST: layers}, whole.inputs, whole.weights, baseline="plan",
-                mode=whole.mode, seconds=seconds, seed=whole.seed, share=SHARE,
-            ).ratios[IN_AUTOCAST]  # fmt: skip
+            bound = there.measure(plan, final).bound
     except Exception as error:  # nobody said that the model can run there
         _logger.info("no plan inside autocast was tried: %s: %s", type(error).__name__, error)
-        return outcome
-    if ratio.high >= 1 or not math.isfinite(found.bound):
-        return outcome
-    region = f'torch.autocast("{device_of_model(whole.model).type}", torch.bfloat16)'
-    note = (
-        f"inside {region} this plan takes {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] of its time, with "
-        f"divergence {found.value:.2g}: what is between the layers is faster there. Record and call the model inside it"
-    )
-    return _noted(outcome, note)
-
-
-def _in_autocast(model_input: ModelInput) -> ModelInput:
-    return replace(model_input, autocast="bfloat16")
+        return {}
+    kept = math.isfinite(bound) and (budget.divergence is None or bound <= budget.divergence)
+    return {IN_AUTOCAST: there.swapped(whole.stand_ins(plan))} if kept else {}
 
 
 class _Jury:
@@ -329,13 +319,13 @@ def _consider_uniform(
         taken = whole.judged(outcome, uniform, final)
     if budget.divergence is not None and (taken.divergence_bound or 0.0) > budget.divergence:
         note = f"uniform {outcome.uniform} was faster as a whole, but its divergence breaks the budget"
-        return plan, _noted(outcome, note)
+        return plan, noted(outcome, note)
     if not jury.accepts(uniform):
-        return plan, _noted(outcome, f"uniform {outcome.uniform} was faster as a whole, but {jury.verdict}")
+        return plan, noted(outcome, f"uniform {outcome.uniform} was faster as a whole, but {jury.verdict}")
     speedup = Estimate(*(value / ratio.value for value in (was.value, was.low, was.high)))
     note = f"uniform {outcome.uniform} was {1 / ratio.value:.2f}x faster as a whole, and was taken"
     layers = [replace(layer, reason="faster as a whole: see note") for layer in uniform]
-    return layers, _noted(replace(taken, speedup=speedup, versus_uniform=None), note)
+    return layers, noted(replace(taken, speedup=speedup, versus_uniform=None), note)
 
 
 def _explained(plan: Sequence[LayerPlan], budget: Budget, outcome: Outcome, pinned: Collection[str]) -> list[LayerPlan]:
@@ -347,10 +337,10 @@ def _float_kept(plan: Sequence[LayerPlan], outcome: Outcome, reason: str) -> tup
         None, outcome.uniform, None, NO_DIVERGENCE, outcome.logits, outcome.held_out, outcome.kappa,
         outcome.rounds, outcome.notes,
     )  # fmt: skip
-    return keep_float(plan, "the float model is kept: see the notes"), _noted(kept, reason)
+    return keep_float(plan, "the float model is kept: see the notes"), noted(kept, reason)
 
 
-def _noted(outcome: Outcome, note: str) -> Outcome:
+def noted(outcome: Outcome, note: str) -> Outcome:
     return replace(outcome, notes=(*outcome.notes, note))
 
 
@@ -366,10 +356,11 @@ class WholeTimes(NamedTuple):
 
         What the float model takes is told only if all workloads were timed: that is what predictions are of.
         """
-        speedup = self.ratios["float"]
+        speedup, in_autocast = self.ratios["float"], self.ratios.get(IN_AUTOCAST)
         return replace(
             outcome,
             speedup=speedup,
+            in_autocast=in_autocast if in_autocast and in_autocast.high < 1 else None,
             versus_uniform=self.ratios.get("uniform"),
             float_us=None if self.note else speedup.value * self.baseline_us,
             notes=(*outcome.notes, self.note) if self.note else outcome.notes,
@@ -377,43 +368,33 @@ class WholeTimes(NamedTuple):
 
 
 def whole_model_times(
-    model: nn.Module,
-    variants: Mapping[str, Layers],
-    inputs: Sequence[ModelInput],
-    weights: Mapping[str, float],
+    whole: Whole,
+    variants: Mapping[str, Swap],
     *,
     baseline: str,
-    mode: str,
     seconds: float,
-    seed: int,
     decisive: str = "",
     share: float = 1.0,
 ) -> WholeTimes:
     """Time of each variant of the model, and over that of the variant `baseline`: paired, one input per workload.
-
-    The variant IN_AUTOCAST, if there is one, is called in a region of autocast to bfloat16.
 
     With several workloads the ratios are weighted by what each workload takes, and the largest come first, until what
     was timed takes this `share` of the float model's time. Takes about `seconds` beside compiling, but never less than
     the rounds that an interval needs, and up to 40 rounds where the first ones leave open which is faster, the variant
     `decisive` or the baseline: on a machine that stalls now and then, few rounds tell nothing.
     """
+    model, weights, mode, seed = whole.model, whole.weights, whole.mode, whole.seed
     totals = {name: [0.0, 0.0, 0.0] for name in variants}
     baseline_us = 0.0
     device = device_of_model(model).type
-    by_workload = {item.workload: item for item in reversed(inputs)}
+    by_workload = {item.workload: item for item in reversed(whole.inputs)}
     examples, note = _largest(model, by_workload, weights, share, timing.clock_of(device))
     for workload, example in examples.items():
         functions, before = {name: graphs.separate(model) for name in variants}, graphs.written()
         try:
             calls = {
-                name: _timed(
-                    model,
-                    layers,
-                    _runner(functions[name], mode, device, len(examples) > 1),
-                    _in_autocast(example) if name == IN_AUTOCAST else example,
-                )
-                for name, layers in variants.items()
+                name: _timed(model, swap, _runner(functions[name], mode, device, len(examples) > 1), example)
+                for name, swap in variants.items()
             }
             results = _compared(calls, baseline, decisive, device, seconds / len(examples), seed)
         finally:
@@ -484,9 +465,7 @@ def _affordable_rounds(calls: Collection[Callable[[], object]], seconds: float, 
     return min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(seconds / a_round)))
 
 
-def _timed(model: nn.Module, layers: Layers, runner: Callable[..., Any], example: ModelInput) -> Callable[[], object]:
-    swap = Swap(model, layers)
-
+def _timed(model: nn.Module, swap: Swap, runner: Callable[..., Any], example: ModelInput) -> Callable[[], object]:
     def run() -> object:
         with swap:
             return call(model, example, runner)

@@ -16,8 +16,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from result_files import folder_of, measured_on, write_csv
@@ -28,7 +28,7 @@ from workbench.workloads import llama
 from autoplan import Budget, Plan, PlanCache, make_plan, record
 from autoplan.apply import stand_ins_of
 from autoplan.records import EAGER
-from autoplan.validate import whole_model_times
+from autoplan.validate import Whole, whole_model_times
 
 CANDIDATES = ["int8_weight_only", "int8_dynamic", "int8_dual", "int4_g128", "int4_dynamic_g128"]
 WEIGHTS = {"prefill": 1.0, "decode": 256.0}
@@ -71,13 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for workload, count in rows.items():
             with recording.workload(workload, weight=WEIGHTS[workload]):
                 model(torch.randint(VOCABULARY, (1, count)))
-    variants: dict[str, dict[str, Any]] = {"float": {}}
-    variants |= {name: dict(stand_ins_of(model, plan.layers)) for name, plan in plans.items()}
+    whole = Whole(model, partial(stand_ins_of, model), recording.inputs, WEIGHTS, None, EAGER, seed)
+    variants = {"float": whole.swapped({})}
+    variants |= {name: whole.swapped(whole.stand_ins(plan.layers)) for name, plan in plans.items()}
+    seconds = arguments.seconds or (2 if arguments.small else 120)
     with torch.no_grad():
-        ratios = whole_model_times(
-            model, variants, recording.inputs, WEIGHTS, baseline="both workloads", mode=EAGER,
-            seconds=arguments.seconds or (2 if arguments.small else 120), seed=seed,
-        ).ratios  # fmt: skip
+        ratios = whole_model_times(whole, variants, baseline="both workloads", seconds=seconds).ratios
     table = [
         {"plan": name, "time": ratio.value, "low": ratio.low, "high": ratio.high, "layers": chosen(plans.get(name))}
         for name, ratio in sorted(ratios.items(), key=lambda item: item[1].value)

@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what was decided, and carrying it out
     "selection": {"solve"},
     "plan": {"cache", "report", "selection"},
-    "apply": {"cache", "candidates", "kernels", "layers", "offload", "plan", "recorder", "selection", "siblings"},
+    "apply": {"cache", "candidates", "kernels", "layers", "offload", "plan", "recorder", "region", "selection"}
+    | {"siblings"},
     # who else plans
     "distributed": {"apply", "cache", "layers", "recorder"},
     # what each choice gains and costs, and the whole of them
@@ -51,12 +52,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "request": {"benchmark", "cache", "candidates", "divergence", "fisher", "kernels", "offload"}
     | {"recorder", "selection"},
     "divergence": {"recorder"},
+    "region": {"divergence", "recorder"},
     "fisher": {"divergence", "offload"},
     "sensitivity": {"apply", "cache", "divergence", "fisher", "offload", "options", "recorder"},
     "priorities": {"arms", "benchmark"},
     "posterior": set(),
     "rescale": {"posterior", "selection"},
-    "validate": {"apply", "divergence", "graphs", "recorder", "rescale", "selection", "timing"},
+    "validate": {"apply", "divergence", "graphs", "recorder", "region", "rescale", "selection", "timing"},
 }
 # the wiring and the edges: planner knows every room above, the public names and the command know planner too
 MAY_IMPORT["planner"] = set(MAY_IMPORT)

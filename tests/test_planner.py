@@ -36,6 +36,7 @@ from autoplan import (
 from autoplan.errors import BudgetError, CandidateError, RecordingError
 from autoplan.kernels import ops
 from autoplan.layers import PlannedLinear
+from autoplan.validate import IN_AUTOCAST
 
 LOOSE = Budget(divergence=0.1)
 
@@ -468,6 +469,72 @@ def test_autocast_is_recorded_at_its_effective_dtype_and_works_after_planning(ti
         y = model(x)
     assert y.dtype == expected.dtype == torch.bfloat16
     assert ((y - expected).float().norm() / expected.float().norm()) < 0.1
+
+
+def test_a_float32_model_gets_a_region_of_autocast_where_its_plan_is_faster_there(
+    timer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compare = timer.compare
+
+    def compared(calls: Any, **options: Any) -> Any:
+        found = compare(calls, **options)
+        if IN_AUTOCAST in calls:  # what is timed next is the plan for it
+            timer.model_ratio = 0.4
+        return found
+
+    monkeypatch.setattr("autoplan.timing.compare", compared)
+    model, reference, x = mlp(), mlp(), inputs()
+    expected = reference(x)
+    options: dict[str, Any] = {"budget": LOOSE, "cache": tmp_path}
+    assert plan_of(autoplan(mlp(), x, **options)).autocast is None  # no faster there
+    timer.autocast_ratio, timer.model_ratio, comparisons = 0.8, 0.5, timer.comparisons
+    options["cache"] = tmp_path / "other"
+    plan = plan_of(autoplan(model, x, **options))
+    assert timer.comparisons == comparisons + 2
+    assert plan.autocast == "bfloat16"
+    assert {call.dtype for layer in plan.layers for call in layer.calls} == {"bfloat16"}
+    assert "without autocast" in plan.planning_seconds
+    y = model(x)
+    assert y.dtype == torch.float32
+    assert 0 < ((y - expected).norm() / expected.norm()) < 0.1
+    assert not torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(reference(x), y)
+
+    again = mlp()
+    assert plan_of(autoplan(again, x, **options)).layers == plan.layers
+    assert timer.comparisons == comparisons + 2
+    loaded = mlp()
+    plan.save(tmp_path / "plan.json")
+    apply_plan(loaded, Plan.load(tmp_path / "plan.json"))
+    for other in (again, loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), y)
+    with torch.no_grad():
+        compiled_y = torch.compile(model, fullgraph=True)(x)
+    assert compiled_y.dtype == torch.float32
+    torch.testing.assert_close(compiled_y, y, rtol=0.02, atol=0.05)
+    revalidated = plan.revalidate(mlp(), x, cache=False)
+    assert revalidated.autocast == "bfloat16"
+
+
+def test_no_region_of_autocast_where_its_plan_is_no_faster_or_fails(
+    timer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timer.autocast_ratio = 0.8
+    plan = plan_of(autoplan(mlp(), inputs(), budget=LOOSE, cache=False))
+    assert plan.autocast is None
+    assert plan.outcome is not None
+    assert "was no faster" in plan.outcome.notes[-1]
+    plan = plan_of(autoplan(mlp(), inputs(), budget=LOOSE, cache=False, max_seconds=100, autocast=False))
+    assert "autocast" not in "".join(plan.outcome.notes if plan.outcome else ())
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("autoplan.planner.recorded_inside", fail)
+    plan = plan_of(autoplan(mlp(), inputs(), budget=LOOSE, cache=False))
+    assert plan.outcome is not None
+    assert plan.outcome.notes[-1] == "planning for a region of autocast failed: RuntimeError: no such luck"
 
 
 def test_a_first_call_inside_autocast_is_planned_for_it_and_timed_outside(

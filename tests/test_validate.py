@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -251,33 +250,59 @@ def test_the_users_metric_gets_as_much_of_the_plan_as_it_accepts(timer: Any) -> 
         outcome(whole, plan, Budget(divergence=9.0), judge=(lambda model: "good", 0.0))
 
 
-def test_that_a_plan_is_faster_in_autocast_is_told_where_it_surely_is_inside_the_budget(timer: Any) -> None:
+def test_what_a_plan_gains_in_autocast_is_told_where_that_is_sure_and_inside_the_budget(
+    timer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, layers = trial([1.0] * 2, candidates=("none", "bf16", "int4_g32"))
     plan = choosing(layers, ["int4_g32"] * 2)
     timer.autocast_ratio = 0.7
     _, found = outcome(whole, plan, Budget(divergence=9.0))
-    assert 'torch.autocast("cpu", torch.bfloat16) this plan takes 0.70 [0.69, 0.71] of its time' in found.notes[1]
+    assert found.in_autocast is not None
+    assert found.in_autocast.value == 0.7
+    assert outcome(whole, plan, Budget(divergence=9.0), autocast=False)[1].in_autocast is None
     with undisturbed(whole.model):
         outside = whole.measure(plan, held_out(whole)).value
-    (divergence,) = re.findall(r"divergence ([^:]+):", found.notes[1])
-    assert float(divergence) == pytest.approx(outside, rel=0.05)  # bfloat16 adds little to int4
-    _, found = outcome(whole, plan, Budget(divergence=0.5 * outside), pinned={"layers.0": "int4_g32"})
-    assert "autocast" not in "".join(found.notes)
+    strict = outcome(whole, plan, Budget(divergence=0.5 * outside), pinned={"layers.0": "int4_g32"})
+    assert strict[1].in_autocast is None
     slower = [replace(layer, baseline_us=1.0) for layer in plan]
 
-    def refuse(module: nn.Module, args: Any) -> None:
+    def refuse(model: nn.Module, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
             raise RuntimeError("this model wants float32")
+        return forward(model, x)
 
-    hook = whole.model.register_forward_pre_hook(refuse)
-    assert outcome(whole, plan, Budget(divergence=9.0))[1].notes == ("before",)
-    hook.remove()
+    forward = Sum.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(Sum, "forward", refuse)
+        assert outcome(whole, plan, Budget(divergence=9.0))[1].in_autocast is None
     inside = replace(whole, inputs=[replace(item, autocast="bfloat16") for item in whole.inputs])
     timer.autocast_ratio = 0.999
-    assert outcome(whole, plan, Budget(divergence=9.0))[1].notes == ("before",)  # not surely
+    assert outcome(whole, plan, Budget(divergence=9.0))[1].in_autocast is None  # not surely
     timer.autocast_ratio = 0.7
-    assert outcome(whole, slower, Budget(divergence=9.0))[1].notes == ("before",)  # bfloat16 is no faster here
-    assert outcome(inside, plan, Budget(divergence=9.0))[1].notes == ("before",)  # it is called there already
+    assert outcome(whole, slower, Budget(divergence=9.0))[1].in_autocast is None  # bfloat16 is no faster here
+    assert outcome(inside, plan, Budget(divergence=9.0))[1].in_autocast is None  # it is called there already
+
+
+def test_planned_models_enter_their_region_and_float_ones_do_not(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, layers = trial([1.0] * 2)
+    plan, seen, forward = choosing(layers, ["int4_g32"] * 2), list[bool](), Sum.forward
+
+    def watched(model: nn.Module, x: Tensor) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(model, x)
+
+    monkeypatch.setattr(Sum, "forward", watched)
+    with undisturbed(whole.model):
+        outside = whole.measure(plan, held_out(whole))
+        there = replace(whole, autocast="bfloat16")
+        assert there.measure(plan, held_out(whole)) != outside
+    assert not seen[0]
+    assert seen[-1]
+    seen.clear()
+    swaps = {"float": there.swapped({}), "plan": there.swapped(there.stand_ins(plan))}
+    whole_model_times(there, swaps, baseline="plan", seconds=0.1)
+    assert set(seen[::2]) == {False}
+    assert set(seen[1::2]) == {True}
 
 
 def test_a_plan_that_the_final_split_forbids_loses_its_worst_contributors(timer: Any) -> None:
@@ -391,10 +416,9 @@ def test_workloads_are_timed_until_they_are_most_of_the_time(
     monkeypatch.setattr("autoplan.timing.clock_of", lambda device: model.clock)
     inputs = [ModelInput(name, (torch.ones(n, 2),), {}) for name, n in rows.items() for _ in range(2)]
     with undisturbed(model):
-        times = whole_model_times(
-            model, {"float": {}, "plan": {"layer": Other()}}, inputs, weights, baseline="plan", mode=EAGER,
-            seconds=0.001, seed=0, share=share,
-        )  # fmt: skip
+        whole = Whole(model, lambda plan: {}, inputs, weights, None, EAGER, 0)
+        swaps = {"float": whole.swapped({}), "plan": whole.swapped({"layer": Other()})}
+        times = whole_model_times(whole, swaps, baseline="plan", seconds=0.001, share=share)
     spent = {name: weights.get(name, 1.0) * n for name, n in rows.items()}
     assert times.baseline_us == pytest.approx(sum(spent[name] for name in timed) / 2, rel=0.01)
     assert times.ratios["float"].value == pytest.approx(2.0, rel=0.01)
@@ -432,14 +456,7 @@ def test_a_workload_of_several_is_compiled_for_its_own_sizes(monkeypatch: pytest
     for inputs, count in ((whole.inputs, 2), (several, 4)):
         asked.clear()
         with undisturbed(whole.model):
-            whole_model_times(
-                whole.model,
-                {"float": {}, "plan": {}},
-                inputs,
-                {},
-                baseline="plan",
-                mode=COMPILED,
-                seconds=0.001,
-                seed=0,
-            )
+            asked_of = replace(whole, inputs=inputs, mode=COMPILED)
+            swaps = {"float": asked_of.swapped({}), "plan": asked_of.swapped({})}
+            whole_model_times(asked_of, swaps, baseline="plan", seconds=0.001)
         assert [options["dynamic"] for options in asked] == [False if count == 4 else None] * count

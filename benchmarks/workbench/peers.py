@@ -310,15 +310,13 @@ def as_logits(output: Tensor) -> dict[str, Tensor]:
     return {"logits": output}
 
 
-def autoplan(
-    budget: str, dtype: torch.dtype | None = None, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
-) -> Make:
+def autoplan(budget: str, dtype: torch.dtype | None = None) -> Make:
     """One plan for all scenarios."""
 
     def make(work: Workload) -> Made:
-        if work.dtype is BF16 and (dtype is BF16 or wrap is Autocast):
+        if work.dtype is BF16 and dtype is BF16:
             raise RuntimeError("the model is given in bfloat16 as it is")
-        model = wrap(work.load(dtype or work.dtype))
+        model = work.load(dtype or work.dtype)
         with record(model) as recording:
             for scenario in work.scenarios:
                 with recording.workload(scenario.name, weight=scenario.weight):
@@ -331,6 +329,7 @@ def autoplan(
         apply_plan(model, plan, weights="skip")
         chosen = [layer.chosen for layer in plan.layers]
         about = ", ".join(f"{name} {chosen.count(name)}" for name in sorted(set(chosen)))
+        about += ", in autocast" * (plan.autocast is not None)
         return of_module(model, work, compiled=True, about=about)
 
     return make
@@ -349,8 +348,7 @@ PEERS = (
     Peer(OURS, autoplan("balanced"), TABLES),
     Peer("autoplan high", autoplan("high")),
     Peer("autoplan lossless", autoplan("lossless"), ["decoder"]),
-    Peer("autoplan balanced, in autocast", autoplan("balanced", wrap=Autocast), [*ENCODERS, "language-model"]),
-    Peer("autoplan balanced, given bfloat16", autoplan("balanced", BF16), ["minilm-32x64"]),
+    Peer("autoplan balanced, given bfloat16", autoplan("balanced", BF16), ["minilm-32x64", "language-model"]),
     Peer("autoplan high, given bfloat16", autoplan("high", BF16)),
     Peer("bfloat16 eager", plain(BF16, compiled=False)),
     Peer("float32 compiled", plain(F32, compiled=True), ["minilm-32x64", "layers"]),
