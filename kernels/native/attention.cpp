@@ -187,7 +187,7 @@ static inline void softmax(float* scores, int64_t strips, Reach reach, float sca
         const __mmask16 counts = whole ? 0xffff : left > 0 ? lanes(left) : 0;
         if constexpr (MASK != NO_MASK) {
           const __m512 added = load<MASK>(mask + i * mask_line, key, counts);
-          score[half] = _mm512_fmadd_ps(added, unit, _mm512_mul_ps(score[half], factor));
+          score[half] = _mm512_fmadd_ps(score[half], _mm512_set1_ps(scale), added);
         }
         if (!whole) score[half] = _mm512_mask_mov_ps(least, counts, score[half]);
         if (MASK != NO_MASK || !whole) _mm512_store_ps(at + 16 * half, score[half]);
@@ -195,20 +195,23 @@ static inline void softmax(float* scores, int64_t strips, Reach reach, float sca
       of[i] = _mm512_max_ps(_mm512_max_ps(score[0], score[1]), of[i]);  // in this order a NaN is not the largest
     }
   }
-  const __m512 own = MASK == NO_MASK ? factor : _mm512_set1_ps(1);
   __m512 origin[ROWS];
 #pragma GCC unroll 8
   for (int64_t i = 0; i < ROWS; i++) {
     const float most = _mm512_reduce_max_ps(of[i]);
-    origin[i] = _mm512_mul_ps(_mm512_set1_ps(most == -INFINITY ? 0 : most), own);
+    origin[i] = _mm512_set1_ps(most == -INFINITY ? 0 : MASK == NO_MASK ? most * scale * LOG2_E : most);
     of[i] = _mm512_setzero_ps();
   }
+  const auto exponent = [&](const float* score, int64_t i) {  // masked ones may be the least floats: times LOG2_E, no more
+    if constexpr (MASK == NO_MASK) return _mm512_fmsub_ps(_mm512_load_ps(score), factor, origin[i]);
+    else return _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(score), origin[i]), unit);
+  };
   for (int64_t s = 0; s < strips; s++)
 #pragma GCC unroll 8
     for (int64_t i = 0; i < ROWS; i++) {
       const float* const at = scores + (s * BLOCK_ROWS + i) * STRIP;
-      const __m512 left = power_of_two<DTYPE>(_mm512_fmsub_ps(_mm512_load_ps(at), own, origin[i]));
-      const __m512 right = power_of_two<DTYPE>(_mm512_fmsub_ps(_mm512_load_ps(at + 16), own, origin[i]));
+      const __m512 left = power_of_two<DTYPE>(exponent(at, i));
+      const __m512 right = power_of_two<DTYPE>(exponent(at + 16, i));
       of[i] = _mm512_add_ps(of[i], _mm512_add_ps(left, right));
       char* const line = weights + s * parts_of(DTYPE) * TILE + 64 * i;
       if constexpr (DTYPE == FLOAT32)

@@ -113,6 +113,20 @@ def test_values_that_a_mask_leaves_out_do_not_count(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("compiled_for")
+@pytest.mark.parametrize("mask_dtype", [torch.float32, BF16])
+def test_a_mask_of_the_least_numbers(dtype: torch.dtype, mask_dtype: torch.dtype) -> None:
+    """As many models have it, so that rows that see nothing stay numbers: those get the mean of all values."""
+    q, k, v = heads(1, 2, 40, 32, dtype), heads(1, 2, 64, 32, dtype), heads(1, 2, 64, 32, dtype)
+    mask = torch.zeros(1, 1, 40, 64, dtype=mask_dtype)
+    mask[..., 50:] = torch.finfo(mask_dtype).min
+    mask[:, :, 3] = torch.finfo(mask_dtype).min
+    y = attend(q, k, v, mask)
+    assert error(y[:, :, 3], v.double().mean(dim=2)) < DTYPES[dtype]
+    kept = [row for row in range(40) if row != 3]
+    assert error(y[:, :, kept], exactly(q[:, :, kept], k[:, :, :50], v[:, :, :50])) < DTYPES[dtype]
+
+
+@pytest.mark.usefixtures("compiled_for")
 @pytest.mark.parametrize("masked", [False, True])
 def test_scores_of_any_size(masked: bool, dtype: torch.dtype) -> None:
     q, k, v = heads(1, 2, 40, 32, dtype), heads(1, 2, 70, 32, dtype), heads(1, 2, 70, 32, dtype)
