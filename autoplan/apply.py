@@ -19,7 +19,7 @@ from autoplan.layers import PlannedLinear
 from autoplan.offload import identity, is_offloaded, values
 from autoplan.plan import Plan
 from autoplan.recorder import dtype_name, refuse_planned, unwrap
-from autoplan.records import LayerPlan, label
+from autoplan.records import Autocast, LayerPlan, label
 from autoplan.region import Region
 from autoplan.selection import fused_sets, is_plain
 from autoplan.siblings import join
@@ -146,15 +146,13 @@ def stand_ins(model: nn.Module, names: tuple[str, ...], candidate: str, program:
 class Swap:
     """`model` with these layers while inside a `with` block, as often as one likes, and as it was after it.
 
-    With a device type and a dtype, `autocast`, it enters such a region by itself, too. The layers' places are found
-    once: for many layers that takes longer than a forward of a small model.
+    With `autocast` it enters that region by itself, too. The layers' places are found once: for many layers that takes
+    longer than a forward of a small model.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], autocast: tuple[str, str] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], autocast: Autocast | None = None) -> None:
         self._model = model
-        self._forward = Region(model, *autocast) if autocast else vars(model).get("forward")
+        self._forward = Region(model, autocast) if autocast else vars(model).get("forward")
         places: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
         for name, layer in layers.items():
             parent, _, attribute = name.rpartition(".")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autoplan.candidates import Candidate, find_candidate
 from autoplan.kernels import packing, pages
-from autoplan.kernels.ops import Kernel, Packed, call_linear, find_kernel
+from autoplan.kernels.ops import STRIP, Kernel, Packed, call_linear, find_kernel
 from autoplan.layers import PlannedLinear, own_piece
 from autoplan.records import EAGER, Part, Shape
 from autoplan.siblings import Siblings
@@ -88,14 +88,17 @@ class Arms:
             return lambda: self._in_turn(
                 [self._layer(part, next(own)) for part, own in zip(parts, copies, strict=True)]
             )
-        graphs = [part.graph(self.x.dtype) for part in parts]
+        written = [part.written(self.x) for part in parts]
+        graphs = [call or part.graph(self.x.dtype) for call, part in zip(written, parts, strict=True)]
 
         def graph(x: Tensor, *packed: Tensor) -> tuple[object, ...]:
             left = iter(packed)
             held = [tuple(itertools.islice(left, part.contender.kernel.layout.arity)) for part in parts]
             return tuple(graph(x, *own) for graph, own in zip(graphs, held, strict=True))
 
-        in_graph = _lowered(graph, self.x, [tensor for part in parts for tensor in self._pack(part)])
+        in_graph: Graph = graph
+        if not all(written):
+            in_graph = _lowered(graph, self.x, [tensor for part in parts for tensor in self._pack(part)])
         return lambda: functools.partial(in_graph, self.x, *(tensor for own in copies for tensor in next(own)))
 
     def fused(self, contender: Contender) -> Maker:
@@ -114,6 +117,8 @@ class Arms:
                 return self._in_turn(layers)
 
             return make
+        if written := self._in_pieces(whole, parts):
+            return lambda: functools.partial(written, self.x, *next(copies))
         product = whole.graph(self.x.dtype)
 
         def graph(x: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:
@@ -122,6 +127,14 @@ class Arms:
 
         in_graph = _lowered(graph, self.x, self._pack(whole))
         return lambda: functools.partial(in_graph, self.x, *next(copies))
+
+    def _in_pieces(self, whole: _Part, parts: Sequence[_Part]) -> Graph | None:
+        """What the code of a graph calls for siblings, if it has the kernel write each its piece: `rewrites.split`."""
+        sizes = [part.rows.stop - part.rows.start for part in parts]
+        biases = [part.bias for part in parts if part.bias is not None]
+        if len(biases) not in (0, len(parts)) or any(size % STRIP for size in sizes):
+            return None
+        return replace(whole, bias=torch.cat(biases) if biases else None).written(self.x, tuple(sizes))
 
     def _in_turn(self, layers: Sequence[nn.Module]) -> Call:
         def run() -> None:
@@ -202,13 +215,16 @@ class _Part:
             return lambda x, *packed: inline(x, packed, bias, dtype)
         return lambda x, *packed: call_linear(x, packed, bias, program, size, dtype)
 
-    def written(self, x: Tensor) -> Callable[..., Tensor] | None:
-        """What the code of a graph calls, as a function of x and the packed tensors, if it calls the kernel itself."""
+    def written(self, x: Tensor, pieces: tuple[int, ...] = ()) -> Callable[..., Tensor] | None:
+        """What the code of a graph calls, as a function of x and the packed tensors, if it calls the kernel itself.
+
+        With the sizes of `pieces`, these are written one after another, each [rows, size].
+        """
         into, size = self.contender.kernel.into, self.rows.stop - self.rows.start
         if into is None:
             return None
         bias = () if self.bias is None else (self.bias,)
-        write = into(x.dtype, None if self.bias is None else self.bias.dtype, "none", rows=x.shape[0])
+        write = into(x.dtype, None if self.bias is None else self.bias.dtype, "none", pieces, rows=x.shape[0])
 
         def call(x: Tensor, *packed: Tensor) -> Tensor:
             out = _empty((x.shape[0], size), (size, 1), x.dtype)

@@ -134,12 +134,18 @@ def call(model: nn.Module, model_input: ModelInput, through: Callable[..., Any] 
 
     It runs in the autocast region that the input was recorded in.
     """
+    args, kwargs = copied(model_input)
+    with region_of(model_input, model):
+        return (through or model)(*args, **kwargs)
+
+
+def copied(model_input: ModelInput) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a recorded input, which a model may write to."""
     args, kwargs = tree_map(
         lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf),
         (model_input.args, model_input.kwargs),
     )
-    with region_of(model_input, model):
-        return (through or model)(*args, **kwargs)
+    return args, kwargs
 
 
 @contextmanager

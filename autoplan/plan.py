@@ -12,7 +12,7 @@ from autoplan import report as report_room
 from autoplan.cache import codec
 from autoplan.cache.typed import from_plain, to_plain
 from autoplan.errors import BudgetError, CacheError
-from autoplan.records import FrontierPoint, LayerPlan, LeftAlone, Option, Outcome
+from autoplan.records import Autocast, FrontierPoint, LayerPlan, LeftAlone, Option, Outcome
 from autoplan.selection import FLOAT_BYTES, Budget, choose, choosing, float_bytes, is_plain
 
 SCHEMA = 1
@@ -42,7 +42,7 @@ class Plan:
     price_us: float  # microseconds that one unit of divergence buys at the optimum; in a time budget, the inverse
     outcome: Outcome | None  # None for a point of the frontier that was not measured
     planning_seconds: dict[str, float]  # stage -> seconds
-    autocast: str | None = None  # the dtype of the region of autocast that the planned model enters by itself
+    autocast: Autocast | None = None  # the region that the model is planned for, and enters by itself
     kappa: float = 1.0  # where there is no outcome to tell it: that of the plan this is another point of
     stale: tuple[str, ...] = field(default=(), compare=False)  # how the environment it runs in differs from its own
     revalidated: tuple[str, ...] = ()  # what `revalidate` found and changed, where this plan comes from it
@@ -54,14 +54,9 @@ class Plan:
         return sum(layer.baseline_us for layer in self.layers)
 
     @property
-    def region(self) -> tuple[str, str] | None:
-        """The region of autocast that the planned model enters by itself: the type of device, and the dtype.
-
-        None for a plan that switches nothing: its model is the float one.
-        """
-        if self.autocast is None or all(map(is_plain, self.layers)):
-            return None
-        return str(self.fingerprints.get("environment", {}).get("device_type", "cpu")), self.autocast
+    def region(self) -> Autocast | None:
+        """The region that the planned model enters: none where a plan switches nothing, as that is the float model."""
+        return None if all(map(is_plain, self.layers)) else self.autocast
 
     @property
     def us(self) -> float:
@@ -150,8 +145,8 @@ class Plan:
             data = codec.migrated(data, SCHEMA, MIGRATIONS)
         plan: Plan = from_plain(cls, data, "plan")
         _check_fingerprints(plan.fingerprints)
-        if plan.autocast not in (None, "bfloat16"):
-            raise CacheError(f"plan.autocast: {plan.autocast!r} is neither None nor 'bfloat16'")
+        if plan.autocast and plan.autocast.dtype != "bfloat16":
+            raise CacheError(f"plan.autocast.dtype: {plan.autocast.dtype!r} is not 'bfloat16'")
         for layer in plan.layers:
             if layer.chosen not in [option.candidate for option in layer.options]:
                 raise CacheError(f"plan.layers {layer.name!r}: chose {layer.chosen!r}, which is not among its options")

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from autoplan import benchmark, fusion, offload, options, priorities, rescale, sensitivity, validate
+from autoplan import benchmark, fusion, inside, offload, options, priorities, rescale, sensitivity, validate
 from autoplan.apply import StandIns, apply_plan, stand_ins
 from autoplan.arms import Contender
-from autoplan.benchmark import Key, Progress
+from autoplan.benchmark import MARGIN, Key, Progress
 from autoplan.cache import fingerprint
 from autoplan.cache.store import PlanCache, entry, resolve
 from autoplan.candidates import Candidate
@@ -36,16 +36,15 @@ from autoplan.records import (
     EAGER,
     NO_DIVERGENCE,
     WITHOUT_GRAPHS,
+    Autocast,
     LayerPlan,
     LayerProfile,
-    LeftAlone,
     Measurement,
     Option,
     Outcome,
     Sensitivity,
     Shape,
 )
-from autoplan.region import DTYPE, recorded_inside
 from autoplan.request import Distributed, Evaluate, Patterns, Request, device_of, shown
 from autoplan.selection import (
     PLAIN,
@@ -123,9 +122,11 @@ def autoplan(
             fails on one fails on all. False: this process alone. "per device": as None, with a plan for each kind of
             device, where None refuses ranks that are unlike. A process group: its ranks.
         autocast: whether the planned form of a float32 model may enter `torch.autocast(device_type, torch.bfloat16)`
-            by itself. It does where "bf16" is among the candidates, that is surely faster as a whole, and the
-            divergence from the float32 model stays inside the budget. What it returns is float32 as before. A model
-            that is called, or was recorded, in a region of the caller's is left to that.
+            by itself. It does where "bf16" is among the candidates, that is faster as a whole, and the divergence from
+            the float32 model stays inside the budget; of several workloads in those that are faster for it, if their
+            inputs are larger than those of the others. What it returns is float32 as before. A model that is called,
+            or was recorded, in a region of the caller's is left to that; with `Budget(time=)`, a fraction of what
+            float layers take outside, and for ranks that plan together, there is none.
 
     Raises:
         AutoplanError: an argument cannot be used; the message says which, and the remedy. BudgetError if no plan fits,
@@ -210,8 +211,7 @@ def _make_plan(model: nn.Module, recording: Recording, request: Request, ranks: 
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),  # where kernels are timed
         torch.autocast(device.type, enabled=False),  # replays enter the region that they were recorded in
     ):
-        planning = _Planning(_replica(root), recording, request, mode, progress, ranks)
-        return planning.or_in_autocast(planning.run())
+        return _Planning(_replica(root), recording, request, mode, progress, ranks).run()
 
 
 def _mode(model: nn.Module, compiled: bool) -> str:
@@ -250,12 +250,26 @@ class _Planning:
     mode: str
     progress: Progress
     ranks: Ranks
-    autocast: str | None = None  # the dtype of the region that the planned model is to enter by itself
+    region: Autocast | None = None  # that the planned model is to enter by itself
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     cut_short: bool = False  # a stage ran out of time: with more, the plan could be another
 
     def run(self) -> Plan:
+        """The plan that the cache has; or one made now, for a region of autocast where that is faster."""
+        self._prepare()
+        if plan := self.ranks.from_first(self._known_plan):
+            return plan
+        plan = self._for_faster_side() if self._may_enter() else self._made()
+        own = {stage: seconds for stage, seconds in self.seconds.items() if stage == "region"}
+        seconds = plan.planning_seconds | own | {"total": time.monotonic() - self.began}
+        plan = replace(plan, planning_seconds={stage: round(spent, 3) for stage, spent in seconds.items()})
+        if self.ranks.is_first and self._seconds_left() > 0 and not self.cut_short and (cache := self._plan_cache()):
+            cache.put("plans", *entry(self.prints, plan.to_dict()))
+        return plan
+
+    def _prepare(self) -> None:
+        """What is to be planned, and the fingerprints of all that this depends on."""
         self.began = time.monotonic()
         request, recording = self.request, self.recording
         if dropped := recording.inputs_dropped:
@@ -264,27 +278,75 @@ class _Planning:
             )
         with self._stage("fingerprints"):
             self.cache = resolve(request.cache)
-            profiles, left_alone = request.layers(recording)
-            self.pinned, group_of = request.pinned(profiles), request.group_of(profiles)
-            own = request.fingerprints(self.model, recording, profiles, self.mode, self.autocast)
+            profiles, self.left_alone = request.layers(recording)
+            pinned, group_of = request.pinned(profiles), request.group_of(profiles)
+            own = request.fingerprints(self.model, recording, profiles, self.mode, self.region)
             self.prints = self.ranks.meet(own, device_of_model(self.model), recording.sizes())
             profiles, weights = self.ranks.from_first(lambda: (profiles, recording.call_weights()))
             if not request.wants_bytes:  # of bytes a layer may have many that takes no time
-                profiles, small = priorities.worth_planning(profiles, weights, group_of, self.pinned)
-                left_alone += small
-        if plan := self.ranks.from_first(self._known_plan):
-            return plan
+                profiles, small = priorities.worth_planning(profiles, weights, group_of, pinned)
+                self.left_alone += small
+        self.profiles = profiles
+        self.rules = Rules(self.mode, weights, pinned, group_of, request.wants_bytes, request.batch_invariant)
+
+    # A region of autocast: on which side of it the planned model is faster.
+
+    def _may_enter(self) -> bool:
+        """Whether the planned model may enter a region of autocast by itself."""
+        budget = self.request.budget
+        return (
+            self.request.autocast
+            and self.ranks.alone
+            and not (isinstance(budget, Budget) and budget.time is not None)
+            and all(item.autocast is None for item in self.recording.inputs)
+            and any(profile.dtype == "float32" for profile in self.profiles)
+            and any(candidate.name == "bf16" for candidate in self.request.chosen_candidates())
+        )
+
+    def _for_faster_side(self) -> Plan:
+        """The plan for the side that promises more; the faster of two, where the other side may be faster."""
+        with self._stage("region"):
+            region = inside.promising(self.model, self.recording, self.request.budget, self.request.output)
+        if region is None:
+            plan = self._made()
+            gain = plan.outcome.other_side if plan.outcome else None
+            if gain is None or gain.high >= 1:
+                return plan
+            there = self._made_inside(inside.everywhere(self.model))
+            return _noted(plan, there) if isinstance(there, str) else _faster(plan, there)
+        there = self._made_inside(region)
+        if isinstance(there, str):
+            self.notes.append(there)
+            return self._made()
+        loss = there.outcome.other_side if there.outcome else None
+        return there if loss and loss.value > 1 + MARGIN else _faster(self._made(), there)
+
+    def _made_inside(self, region: Autocast) -> Plan | str:
+        """The plan for this region, or why there is none."""
+        left = self._seconds_left()
+        if left < sum(self.seconds.values()):  # what planning for outside has taken, if it has
+            return "no time was left to plan for a region of autocast"
+        request = replace(self.request, max_seconds=None if left == math.inf else left)
+        try:
+            recording = inside.recorded_inside(self.model, self.recording, region)
+            there = _Planning(self.model, recording, request, self.mode, self.progress, self.ranks, region)
+            there._prepare()
+            plan = there._made()
+        except Exception as error:
+            return f"planning for a region of autocast failed: {type(error).__name__}: {error}"
+        self.cut_short = self.cut_short or there.cut_short
+        return plan
+
+    def _made(self) -> Plan:
+        """The plan for this side."""
         with self._stage("timing"):
-            rules = Rules(self.mode, weights, self.pinned, group_of, request.wants_bytes, request.batch_invariant)
-            layers = self._timed(profiles, rules)
+            layers = self._timed(self.profiles, self.rules)
         if self.ranks.hold_shards:
             with undisturbed(self.model, eager=False):
-                return from_leader(self.ranks, self.model, lambda: self._decided(layers, profiles, left_alone))
-        return self.ranks.from_first(lambda: self._decided(layers, profiles, left_alone))
+                return from_leader(self.ranks, self.model, lambda: self._decided(layers))
+        return self.ranks.from_first(lambda: self._decided(layers))
 
-    def _decided(
-        self, layers: list[LayerPlan], profiles: Sequence[LayerProfile], left_alone: Sequence[LeftAlone]
-    ) -> Plan:
+    def _decided(self, layers: list[LayerPlan]) -> Plan:
         """The plan, once it is known what each option gains."""
         request, recording = self.request, self.recording
         with self._stage("scoring"), undisturbed(self.model):
@@ -294,7 +356,7 @@ class _Planning:
             scoring = references(self.model, split.scoring, request.output)
             budget = Budget.of(request.budget, scoring[0].logits)
             sizes: dict[Size, int] = {}
-            scores = self._scores(layers, profiles, scoring, budget.divergence, sizes)
+            scores = self._scores(layers, self.profiles, scoring, budget.divergence, sizes)
             layers = [
                 options.with_scores(layer, scores, lambda layer, option: self._nbytes(sizes, layer, option))
                 for layer in layers
@@ -307,7 +369,7 @@ class _Planning:
             request.output,
             self.mode,
             request.seed,
-            self.autocast,
+            self.region,
         )
         with self._stage("validation"), undisturbed(self.model):
             validation = references(self.model, split.validation, request.output)
@@ -328,14 +390,13 @@ class _Planning:
             )  # fmt: skip
             decided, outcome = validate.do_no_harm(
                 whole, settled.layers, budget, outcome, final,
-                judge=request.judge, pinned=self.pinned, seconds_left=self._seconds_left,
-                autocast=request.autocast,
+                judge=request.judge, pinned=self.rules.pinned, seconds_left=self._seconds_left,
+                autocast=self.region is not None or self._may_enter(),
             )  # fmt: skip
             self.progress("whole model", 1, 1)
-        self.seconds["total"] = time.monotonic() - self.began
-        plan = Plan(
+        return Plan(
             layers=tuple(decided),
-            left_alone=tuple(left_alone),
+            left_alone=tuple(self.left_alone),
             budget=budget,
             workloads=dict(recording.weights),
             mode=self.mode,
@@ -344,35 +405,9 @@ class _Planning:
             gap=settled.gap,
             price_us=settled.price_us,
             outcome=outcome,
-            planning_seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
-            autocast=self.autocast,
+            planning_seconds=dict(self.seconds),
+            autocast=self.region,
         )
-        if self._seconds_left() > 0 and not self.cut_short and (cache := self._plan_cache()):
-            cache.put("plans", *entry(self.prints, plan.to_dict()))
-        return plan
-
-    def or_in_autocast(self, plan: Plan) -> Plan:
-        """The plan that was made; or, where that gains from a region of autocast, one made for it, if it is faster."""
-        outcome = plan.outcome
-        if outcome is None or outcome.speedup is None or outcome.in_autocast is None:
-            return plan
-        took = plan.planning_seconds.get("total", 0.0)
-        if not self.ranks.alone:
-            return _noted(plan, "ranks that plan together plan no region of autocast")
-        if self._seconds_left() < took:
-            return _noted(plan, "no time was left to plan for a region of autocast")
-        limit = None if self.request.max_seconds is None else self._seconds_left()
-        try:
-            recording = recorded_inside(self.model, self.recording)
-            request = replace(self.request, max_seconds=limit)
-            there = _Planning(self.model, recording, request, self.mode, self.progress, self.ranks, DTYPE).run()
-        except Exception as error:
-            return _noted(plan, f"planning for a region of autocast failed: {type(error).__name__}: {error}")
-        speedup = there.outcome.speedup if there.outcome else None
-        if speedup is None or speedup.value <= outcome.speedup.value:
-            return _noted(plan, "a plan for a region of autocast was made too, and was no faster")
-        stages = {**there.planning_seconds, "without autocast": took, "total": took + there.planning_seconds["total"]}
-        return replace(there, planning_seconds=stages)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -474,6 +509,18 @@ class _Planning:
 def _noted(plan: Plan, note: str) -> Plan:
     """The plan with one note more; a plan without an outcome has none."""
     return plan if plan.outcome is None else replace(plan, outcome=validate.noted(plan.outcome, note))
+
+
+def _faster(outside: Plan, there: Plan) -> Plan:
+    """Of a plan for outside autocast and one for a region of it, the one that is faster as a whole."""
+
+    def speedup(plan: Plan) -> float:
+        return plan.outcome.speedup.value if plan.outcome and plan.outcome.speedup else 0.0
+
+    enters = speedup(there) > speedup(outside)
+    plan, other, name = (there, outside, "without autocast") if enters else (outside, there, "in autocast")
+    plan = _noted(plan, f"a plan {name} was made too, and was no faster")
+    return replace(plan, planning_seconds={**plan.planning_seconds, name: sum(other.planning_seconds.values())})
 
 
 class _FirstCall:

@@ -89,6 +89,15 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class Autocast:
+    """A region of autocast that a planned float32 model enters by itself, in calls that are not too small."""
+
+    device_type: str
+    dtype: str
+    least: int  # the size of a call, see `region.size`, from which on it is entered
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """Paired timing of one kernel of one candidate against plain `F.linear` at one shape.
 
@@ -218,6 +227,6 @@ class Outcome:
     divergence_p99: float | None = None  # of the tokens' KL; of the samples' relative squared errors
     top1_agreement: float | None = None  # logits only: share of the positions whose most likely class is the same
     perplexity_ratio: float | None = None  # planned / float, of the input's own next tokens; language models only
-    in_autocast: Estimate | None = None  # time in a region of autocast / outside, where that is surely less and inside
-    # the budget, and the plan is for outside
+    other_side: Estimate | None = None  # time outside the region of autocast / time, where the plan is for one; where
+    # it is for outside, and would keep the budget inside of one: time in there / time
     float_us: float | None = None  # the float model in one forward of each workload times its weight, if all were timed

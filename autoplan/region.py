@@ -1,21 +1,32 @@
-"""A model that enters a region of autocast by itself, and what its layers are given there."""
+"""A model that enters a region of autocast by itself."""
 
 from __future__ import annotations
 
 import inspect
-import threading
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from autoplan.divergence import call, undisturbed
-from autoplan.recorder import Recording, recorded
+from autoplan.records import Autocast
 
-DTYPE = "bfloat16"  # that regions are tried with
+
+def size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How large a call is: the elements of the smallest tensor of two or more dimensions in it, 0 where there is none.
+
+    Of a language model these are its tokens, whatever masks and caches of earlier ones come with them.
+    """
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    sizes = [tensor.numel() for tensor in tensors if tensor.dim() > 1 and tensor.numel() > 0]
+    return min(sizes) if sizes else 0
+
+
+def enters(autocast: Autocast, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model enters its region in this call."""
+    return autocast.least == 0 or size(args, kwargs) >= autocast.least
 
 
 class Region:
@@ -24,17 +35,21 @@ class Region:
     It is an attribute of the module, and so is copied, pickled and saved with it.
     """
 
-    def __init__(self, module: nn.Module, device_type: str, dtype: str) -> None:
-        self.module, self.device_type, self.dtype = module, device_type, getattr(torch, dtype)
+    def __init__(self, module: nn.Module, autocast: Autocast) -> None:
+        self.module, self.autocast, self.dtype = module, autocast, getattr(torch, autocast.dtype)
         self.inner = vars(module).get("forward")  # where somebody else has put one there
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(self.device_type, self.dtype):
-            if self.inner is None:
-                result = type(self.module).forward(self.module, *args, **kwargs)
-            else:
-                result = self.inner(*args, **kwargs)
+        if not enters(self.autocast, args, kwargs):
+            return self._own(*args, **kwargs)
+        with torch.autocast(self.autocast.device_type, self.dtype):
+            result = self._own(*args, **kwargs)
         return tree_map(self._widened, result)
+
+    def _own(self, *args: Any, **kwargs: Any) -> Any:
+        if self.inner is None:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return self.inner(*args, **kwargs)
 
     def _widened(self, leaf: Any) -> Any:
         return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype == self.dtype else leaf
@@ -51,17 +66,3 @@ class Region:
         """Likewise: torch.export looks there for where it is written."""
         code: CodeType = (self.inner or type(self.module).forward).__code__
         return code
-
-
-def recorded_inside(model: nn.Module, recording: Recording) -> Recording:
-    """What the recorded inputs make layers see in a region of autocast; as inputs they stay outside of it.
-
-    For a model in which the recording's layers have their names: that itself, or a copy.
-    """
-    there = Recording(model, recording.seed, only_thread=threading.get_ident())
-    with recorded(there), undisturbed(model):
-        for item in recording.inputs:
-            with there.workload(item.workload, recording.weights[item.workload]):
-                call(model, replace(item, autocast=DTYPE))
-    there.inputs, there.inputs_dropped = list(recording.inputs), recording.inputs_dropped
-    return there

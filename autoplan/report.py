@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from autoplan.errors import AutoplanError
-from autoplan.records import Call, Estimate, FrontierPoint, LayerPlan, Option, Outcome
+from autoplan.records import Autocast, Call, Estimate, FrontierPoint, LayerPlan, Option, Outcome
 
 if TYPE_CHECKING:
     from autoplan.plan import Plan
@@ -339,10 +339,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     else:
         facts.append(("whole model", _speed(outcome.speedup, "the float model")))
         if plan.region:
-            device_type, dtype = plan.region
-            region = f'torch.autocast("{device_type}", torch.{dtype})'
-            words = "and returns float32 as before; the layers' float times are those in there"
-            facts.append(("autocast", f"the planned model enters {region} by itself, {words}"))
+            facts.append(("autocast", _region(plan.region, outcome)))
         if saving := _saving(plan, outcome):
             facts.append(("time saved", saving))
         facts.append(("versus uniform", _versus_uniform(outcome)))
@@ -394,6 +391,14 @@ def _versus_uniform(outcome: Outcome) -> str:
             f"the same plan as the best uniform one, {outcome.uniform}" if outcome.uniform else "there is no such plan"
         )
     return _speed(outcome.versus_uniform, f"the best uniform plan, {outcome.uniform} wherever it can run")
+
+
+def _region(autocast: Autocast, outcome: Outcome) -> str:
+    region = f'torch.autocast("{autocast.device_type}", torch.{autocast.dtype})'
+    calls = f" in calls of {autocast.least:,} elements or more" if autocast.least else ""
+    gain = f", {outcome.other_side.value:.2f}x as fast as outside" if outcome.other_side else ""
+    words = "and returns float32 as before; the layers' float times are those in there"
+    return f"the planned model enters {region} by itself{calls}{gain}, {words}"
 
 
 def _saving(plan: Plan, outcome: Outcome) -> str:

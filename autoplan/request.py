@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from autoplan.fisher import Loss
 from autoplan.kernels import find_kernel
 from autoplan.offload import named_values
 from autoplan.recorder import Recording, match
-from autoplan.records import Device, LayerProfile, LeftAlone, label
+from autoplan.records import Autocast, Device, LayerProfile, LeftAlone, label
 from autoplan.selection import Budget
 
 Evaluate = Callable[[nn.Module], float] | tuple[Callable[[nn.Module], float], float]
@@ -169,11 +169,11 @@ class Request:
         recording: Recording,
         profiles: Sequence[LayerProfile],
         mode: str,
-        autocast: str | None = None,
+        region: Autocast | None = None,
     ) -> dict[str, Any]:
         """All that a plan depends on, as plain data: environment, model, data, options.
 
-        `autocast` is the dtype of the region that the planned model is to enter by itself, if any.
+        `region` is that of autocast which the planned model is to enter by itself, if any.
         """
         device = profiles[0].device if profiles else "cpu"
         model_print = fingerprint.model_fingerprint(named_values(model), self.strict)
@@ -198,7 +198,7 @@ class Request:
                 "workloads": dict(recording.weights),
                 "forwards": dict(recording.forwards),
             },
-            "options": self._plain(mode) | {"autocast": autocast or self.autocast},
+            "options": self._plain(mode) | {"autocast": asdict(region) if region else self.autocast},
             "planner": {"source": _own_source(), "lacking": self._lacking(device)},
         }
 

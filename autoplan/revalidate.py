@@ -248,7 +248,7 @@ class _Revalidation:
             )  # fmt: skip
             whole = Whole(
                 self.model, modules, recording.inputs, recording.weights, output, self.plan.mode, self.seed,
-                self.plan.autocast,
+                self.plan.region,
             )  # fmt: skip
             outcome = whole.judged(outcome, chosen, against)
             divergence = outcome.divergence

@@ -37,7 +37,7 @@ _FIRST_BLOCKS, _FIRST_SAMPLES = 512, 128  # of tokens, or of a pooled output, ti
 _PASSES = 16  # at most
 _RELATIVE_ERROR = 0.15  # of the sum of scores, from which on no further pass is made
 _AUDITED = 0.05  # of the pairs
-_AUDITED_AT_LEAST = 3
+_AUDITED_AT_LEAST, _AUDITED_AT_MOST = 3, 12
 _AGREES = 2.0  # measured and predicted harm are less than this factor apart
 
 
@@ -120,8 +120,8 @@ def measure(
     Once `seconds_left()` says none, what was not scored is absent from the answer. Call inside `undisturbed`.
 
     What `fisher` finds is audited: of the pairs that a plan may choose (a harm within `limit`, the budget) the most
-    harmful 5 %, at least three, are measured by `kl` too, and keep what was measured. If that is in total over twice or
-    under half of what was predicted, all other scores are multiplied by the ratio. A note says what came out.
+    harmful 5 %, from three to twelve, are measured by `kl` too, and keep what was measured. If that is in total over
+    twice or under half of what was predicted, all other scores are multiplied by the ratio. A note says what came out.
     """
     by_name = {profile.name: profile for profile in profiles}
     trials = [
@@ -177,7 +177,7 @@ class _Book:
             return scores[trial.pair].harm if trial.pair in scores else math.inf
 
         open_ = [trial for trial in trials if 0 < harm(trial) <= limit and trial.pair not in self.assumed]
-        count = max(_AUDITED_AT_LEAST, math.ceil(_AUDITED * len(trials)))
+        count = min(max(_AUDITED_AT_LEAST, math.ceil(_AUDITED * len(trials))), _AUDITED_AT_MOST)
         measured = self.scored("kl", sorted(open_, key=lambda trial: (-harm(trial), trial.pair))[:count])
         finite = [pair for pair, score in measured.items() if score.harm < math.inf]
         if not finite:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,9 +31,10 @@ from autoplan.divergence import (
     undisturbed,
 )
 from autoplan.errors import AutoplanError
+from autoplan.inside import everywhere
 from autoplan.recorder import ModelInput, device_of_model
-from autoplan.records import COMPILED, EAGER, NO_DIVERGENCE, Estimate, LayerPlan, Outcome
-from autoplan.region import DTYPE
+from autoplan.records import COMPILED, EAGER, NO_DIVERGENCE, Autocast, Estimate, LayerPlan, Outcome
+from autoplan.region import enters
 from autoplan.rescale import Measured, put_back
 from autoplan.selection import Budget, best_uniform, explained, is_plain, keep_float
 
@@ -45,7 +47,7 @@ _MIN_ROUNDS, _MAX_ROUNDS = 8, 40
 _GPU_WARM_UPS = 3  # calls that compile, that record a CUDA graph, and that replay it
 _SECONDS = 10.0  # for timing the whole model
 SHARE = 0.8  # of the float model's time: the rest could not turn the verdict, unless the plan were far slower there
-IN_AUTOCAST = "plan in autocast"  # a variant of the whole model
+OTHER_SIDE = "plan on the other side"  # a variant of the whole model: see `Outcome.other_side`
 _TOLERANCE = 0.01  # of the float model's score, where the caller of `evaluate` names none
 
 
@@ -60,12 +62,11 @@ class Whole:
     picker: OutputPicker | None
     mode: str
     seed: int
-    autocast: str | None = None  # the dtype of the region that the planned model enters by itself
+    region: Autocast | None = None  # that the planned model enters by itself
 
     def swapped(self, layers: Layers) -> Swap:
         """The model with a plan's modules; without any, as it is."""
-        region = (device_of_model(self.model).type, self.autocast) if layers and self.autocast else None
-        return Swap(self.model, layers, region)
+        return Swap(self.model, layers, self.region if layers else None)
 
     def measure(self, plan: Sequence[LayerPlan], against: Sequence[Reference]) -> Measured:
         """The divergence of the planned model, with its one-sided 95 % upper bound."""
@@ -163,7 +164,7 @@ def do_no_harm(
     judge: tuple[Evaluate, float | None] | None = None,
     pinned: Collection[str] = (),
     seconds_left: Callable[[], float] = lambda: math.inf,
-    autocast: bool = True,
+    autocast: bool = False,
 ) -> tuple[Sequence[LayerPlan], Outcome]:
     """The plan with the reason of every choice, and what was measured of it; or the float model, and why.
 
@@ -171,8 +172,7 @@ def do_no_harm(
     tolerance, the worst contributors are put back to none, until that split (by its upper bound) and the metric accept
     what is left. The float model is kept if they accept nothing, and if as a whole the plan is not surely faster
     (unless the caller pinned layers, or asked for fewer bytes). A uniform plan that is surely faster than the solver's
-    as a whole is taken in its place. With `autocast`, a region of it is tried, see `Outcome.in_autocast`, but for a
-    budget of time, which is a fraction of what float layers take outside.
+    as a whole is taken in its place. With `autocast`, the other side of a region of it is tried: `Outcome.other_side`.
     """
     name, uniform = best_uniform(plan, budget, outcome.kappa)
     outcome = replace(outcome, uniform=name)
@@ -205,8 +205,8 @@ def do_no_harm(
     variants = {"float": whole.swapped({}), "plan": whole.swapped(whole.stand_ins(plan))}
     if [layer.chosen for layer in uniform] != [layer.chosen for layer in plan]:
         variants["uniform"] = whole.swapped(whole.stand_ins(uniform))
-    if autocast and budget.time is None and seconds_left() > 0 and _could_gain_in_autocast(whole, plan):
-        variants |= _in_autocast(whole, plan, budget, final)
+    if autocast and seconds_left() > 0:
+        variants |= _other_side(whole, plan, budget, final)
 
     def race() -> WholeTimes:
         seconds, decisive = min(_SECONDS, max(seconds_left(), 0.0)), "float" if seconds_left() > _SECONDS else ""
@@ -216,9 +216,9 @@ def do_no_harm(
     try:
         times = race()
     except Exception as error:
-        if variants.pop(IN_AUTOCAST, None) is None:
+        if variants.pop(OTHER_SIDE, None) is None:
             raise
-        _logger.info("the plan does not run inside autocast: %s: %s", type(error).__name__, error)
+        _logger.info("the plan does not run on the other side of autocast: %s: %s", type(error).__name__, error)
         times = race()
     outcome = times.told(outcome)
     speedup = times.ratios["float"]
@@ -236,25 +236,21 @@ def do_no_harm(
     return explained_plan, outcome
 
 
-def _could_gain_in_autocast(whole: Whole, plan: Sequence[LayerPlan]) -> bool:
-    """Whether the model is float32, in no region of autocast, and bfloat16 was seen to make a layer of it faster."""
-    return (
-        whole.autocast is None
-        and all(item.autocast is None for item in whole.inputs)
-        and any(
-            option.candidate == "bf16" and (option.us_high or math.inf) < layer.baseline_us
-            for layer in plan
-            if layer.dtype == "float32"
-            for option in layer.options
-        )
-    )
+def _other_side(whole: Whole, plan: Sequence[LayerPlan], budget: Budget, final: Sequence[Reference]) -> dict[str, Swap]:
+    """The variant of the planned model on the other side of a region of autocast, by its name, if it is worth a try.
 
-
-def _in_autocast(
-    whole: Whole, plan: Sequence[LayerPlan], budget: Budget, final: Sequence[Reference]
-) -> dict[str, Swap]:
-    """The variant of the planned model in a region of autocast, by its name, if it runs there, inside the budget."""
-    there = replace(whole, autocast=DTYPE)
+    Of a plan for outside, that is where bfloat16 was seen to make a layer faster, and it keeps the budget in there.
+    """
+    if whole.region is not None:
+        return {OTHER_SIDE: replace(whole, region=None).swapped(whole.stand_ins(plan))}
+    if not any(
+        option.candidate == "bf16" and (option.us_high or math.inf) < layer.baseline_us
+        for layer in plan
+        if layer.dtype == "float32"
+        for option in layer.options
+    ):
+        return {}
+    there = replace(whole, region=everywhere(whole.model))
     try:
         with undisturbed(whole.model):
             bound = there.measure(plan, final).bound
@@ -262,7 +258,7 @@ def _in_autocast(
         _logger.info("no plan inside autocast was tried: %s: %s", type(error).__name__, error)
         return {}
     kept = math.isfinite(bound) and (budget.divergence is None or bound <= budget.divergence)
-    return {IN_AUTOCAST: there.swapped(whole.stand_ins(plan))} if kept else {}
+    return {OTHER_SIDE: there.swapped(whole.stand_ins(plan))} if kept else {}
 
 
 class _Jury:
@@ -356,11 +352,11 @@ class WholeTimes(NamedTuple):
 
         What the float model takes is told only if all workloads were timed: that is what predictions are of.
         """
-        speedup, in_autocast = self.ratios["float"], self.ratios.get(IN_AUTOCAST)
+        speedup = self.ratios["float"]
         return replace(
             outcome,
             speedup=speedup,
-            in_autocast=in_autocast if in_autocast and in_autocast.high < 1 else None,
+            other_side=self.ratios.get(OTHER_SIDE),
             versus_uniform=self.ratios.get("uniform"),
             float_us=None if self.note else speedup.value * self.baseline_us,
             notes=(*outcome.notes, self.note) if self.note else outcome.notes,
@@ -379,33 +375,40 @@ def whole_model_times(
     """Time of each variant of the model, and over that of the variant `baseline`: paired, one input per workload.
 
     With several workloads the ratios are weighted by what each workload takes, and the largest come first, until what
-    was timed takes this `share` of the float model's time. Takes about `seconds` beside compiling, but never less than
-    the rounds that an interval needs, and up to 40 rounds where the first ones leave open which is faster, the variant
-    `decisive` or the baseline: on a machine that stalls now and then, few rounds tell nothing.
+    was timed takes this `share` of the float model's time. The variant `OTHER_SIDE` is timed in the workloads in which
+    the region of `whole` is entered, whatever their share.
+
+    Takes about `seconds` beside compiling, but never less than the rounds that an interval needs, and up to 40 rounds
+    where the first ones leave open which is faster, the variant `decisive` or the baseline: on a machine that stalls
+    now and then, few rounds tell nothing.
     """
-    model, weights, mode, seed = whole.model, whole.weights, whole.mode, whole.seed
-    totals = {name: [0.0, 0.0, 0.0] for name in variants}
-    baseline_us = 0.0
+    model, weights, mode, seed, region = whole.model, whole.weights, whole.mode, whole.seed, whole.region
     device = device_of_model(model).type
     by_workload = {item.workload: item for item in reversed(whole.inputs)}
-    examples, note = _largest(model, by_workload, weights, share, timing.clock_of(device))
-    for workload, example in examples.items():
-        functions, before = {name: graphs.separate(model) for name in variants}, graphs.written()
+    largest, note = _largest(model, by_workload, weights, share, timing.clock_of(device))
+    racing = {workload: [name for name in variants if name != OTHER_SIDE] for workload in largest}
+    for workload, item in by_workload.items() if OTHER_SIDE in variants else ():
+        if workload in largest if region is None else enters(region, item.args, item.kwargs):
+            racing[workload] = [*racing.get(workload, [baseline]), OTHER_SIDE]
+    found: dict[str, dict[str, timing.Timing]] = {}
+    for workload, names in racing.items():
+        functions, before = {name: graphs.separate(model) for name in names}, graphs.written()
         try:
-            calls = {
-                name: _timed(model, swap, _runner(functions[name], mode, device, len(examples) > 1), example)
-                for name, swap in variants.items()
-            }
-            results = _compared(calls, baseline, decisive, device, seconds / len(examples), seed)
+            runners = {name: _runner(functions[name], mode, device, len(racing) > 1) for name in names}
+            calls = {name: _timed(model, variants[name], runners[name], by_workload[workload]) for name in names}
+            found[workload] = _compared(calls, baseline, decisive, device, seconds / len(racing), seed)
         finally:
             graphs.forget(functions.values(), before)
-        weight = weights.get(workload, 1.0) * results[baseline].baseline_us
-        baseline_us += weight
-        for name, result in results.items():
-            for i, ratio in enumerate((result.ratio, result.ratio_low, result.ratio_high)):
-                totals[name][i] += weight * ratio
-    ratios = {name: Estimate(*(total / baseline_us for total in sums)) for name, sums in totals.items()}
-    return WholeTimes(ratios, baseline_us, note)
+    spent = {workload: weights.get(workload, 1.0) * timed[baseline].baseline_us for workload, timed in found.items()}
+
+    def ratio(name: str) -> Estimate:
+        among = [workload for workload in found if name in found[workload]]
+        total = sum(spent[workload] for workload in among)
+        bounds = [(r.ratio, r.ratio_low, r.ratio_high) for r in (found[workload][name] for workload in among)]
+        shares = [spent[workload] / total for workload in among]
+        return Estimate(*(sum(map(operator.mul, shares, bound)) for bound in zip(*bounds, strict=True)))
+
+    return WholeTimes({name: ratio(name) for name in variants}, sum(spent[workload] for workload in largest), note)
 
 
 def _compared(
@@ -418,11 +421,12 @@ def _compared(
     clock, batch_us = timing.clock_of(device), timing.MODEL_BATCH_US.get(device, timing.BATCH_US["cpu"])
     rounds = _affordable_rounds(calls.values(), seconds, clock)
     results = timing.compare(calls, baseline=baseline, max_rounds=rounds, min_batch_us=batch_us, seed=seed, clock=clock)
-    if rounds < _MAX_ROUNDS and decisive and results[decisive].ratio_low <= 1 <= results[decisive].ratio_high:
-        results = timing.compare(
-            calls, baseline=baseline, max_rounds=_MAX_ROUNDS, min_batch_us=batch_us, seed=seed, clock=clock
-        )
-    return results
+    is_open = decisive in results and results[decisive].ratio_low <= 1 <= results[decisive].ratio_high
+    if rounds == _MAX_ROUNDS or not is_open:
+        return results
+    return timing.compare(
+        calls, baseline=baseline, max_rounds=_MAX_ROUNDS, min_batch_us=batch_us, seed=seed, clock=clock
+    )
 
 
 def _largest(

@@ -80,16 +80,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = measured_on(environment, **versions(*PACKAGES))
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     out = arguments.out or folder_of(environment)
-    for table in arguments.workloads:
-        with tempfile.TemporaryDirectory() as folder:
-            arguments.journal = Path(folder, "journal.jsonl")
+    with tempfile.TemporaryDirectory() as folder:
+        for table in arguments.workloads:
+            arguments.journal = Path(folder, f"{table}.jsonl")
             rows = play(table, arguments) if arguments.quick else in_a_child(table, arguments, folder)
-        for scenario in dict.fromkeys(row["scenario"] for row in rows):
-            print(f"\n{table}: {scenario}\n{tables.markdown([row for row in rows if row['scenario'] == scenario])}")
-        write_csv(out / f"scoreboard-{table}.csv", rows, about)
-        tables.write_page(out, [name for name in TABLES if name != "layers"])
-        print(f"{time.monotonic() - began:.0f} s so far; written to {out}", flush=True)
+            report(rows, table, out, about)
+            print(f"{time.monotonic() - began:.0f} s so far; written to {out}", flush=True)
     return 0
+
+
+def report(rows: Sequence[Row], table: str, out: Path, about: Mapping[str, str]) -> None:
+    """Print a table, and write its file and the page of all."""
+    for scenario in dict.fromkeys(row["scenario"] for row in rows):
+        print(f"\n{table}: {scenario}\n{tables.markdown([row for row in rows if row['scenario'] == scenario])}")
+    write_csv(out / f"scoreboard-{table}.csv", rows, about)
+    tables.write_page(out, [name for name in TABLES if name != "layers"])
 
 
 # --- processes: one per table; what kills it costs only the peer that did ---
@@ -98,13 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def in_a_child(table: str, arguments: argparse.Namespace, folder: str) -> list[Row]:
     """The rows of a table, made in a process of its own, started again where a peer kills it or memory is short.
 
-    Its caches are empty at first; what is started again finds autoplan's plans and compiled graphs there.
+    The cache of plans is empty at first; what is started again finds them there. Inductor's is one for all tables: what
+    it finds out about the machine takes a dozen seconds, which are no peer's.
     """
     command = [sys.executable, __file__, "--workloads", table, "--journal", str(arguments.journal)]
     command += ["--seconds", str(arguments.seconds), "--patience", str(arguments.patience)]
     command += ["--full"] * arguments.full
     command += ["--peers", *arguments.peers] if arguments.peers else []
-    settings = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "AUTOPLAN_CACHE": f"{folder}/autoplan"}
+    settings = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "AUTOPLAN_CACHE": f"{folder}/{table}"}
     settings |= {"TORCHINDUCTOR_FREEZING": "1"}  # weights become constants that Inductor packs; as an option it is late
     for _ in range(len(PEERS)):
         ended = subprocess.run(command, env=os.environ | settings).returncode
@@ -146,6 +152,10 @@ def play(table: str, arguments: argparse.Namespace) -> list[Row]:
     """All workloads of a table; goes on where the journal ends."""
     # Every peer has a code object of its own, so one that outruns the limit would run eagerly: that has to show.
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True), torch.no_grad():
+        if not arguments.quick:
+            torch.compile(lambda x: x.sin() + 1)(
+                torch.ones(64)
+            )  # what is found out about the machine once is in no set-up time
         for work in of_table(table, arguments.full, arguments.quick):
             Match(replace(work, compiled=not arguments.quick), arguments).play()
             gc.collect()

@@ -24,6 +24,7 @@ Run = Callable[[Tensor, Packed, Tensor | None, torch.dtype], Tensor]
 Write = Callable[..., None]  # see `Kernel.into`
 Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]  # see `Pair`
 
+STRIP = 32  # features: pieces and halves of an output are multiples of it, see `Kernel.into`
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that layers are given
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {  # in the order of `enum Activation` in native/simd.h
@@ -127,9 +128,9 @@ class Kernel:
 
     `into(dtype, bias_dtype, activation, pieces, rows, eps, x_dtype)`, where a kernel has it, gives a function of
     (x, *packed, *bias, *norm, out=...) that writes what `run` returns into `out`, after the function that
-    ACTIVATIONS or GATED (with halves that are multiples of 32) has under that name. out is of `dtype`, and so is x
+    ACTIVATIONS or GATED (with halves that are multiples of STRIP) has under that name. out is of `dtype`, and so is x
     unless `x_dtype` says another; without a `bias_dtype` there is no bias. So whatever does not change from call to
-    call is looked up once. If it gets the sizes of `pieces`, multiples of 32 that sum up to out_features, each
+    call is looked up once. If it gets the sizes of `pieces`, multiples of STRIP that sum up to out_features, each
     piece of so many features lies in `out` by itself, contiguous, one after another. Where the number of rows is
     given, x may have any shape of so many rows. With `eps`, `norm` is a residual [rows, out_features], which is
     added, and the weight and the bias [out_features] of a layer norm that follows, all of `dtype`; without, there

@@ -185,7 +185,7 @@ def gate(layer: fx.Node) -> bool:
     """Have a layer multiply one half of its output, after an activation, with the other, if that becomes of it."""
     output, features = _output(layer), cast("int", layer.args[4])
     slices, parts = {_part(use, features): use for use in output.users}, [(0, features // 2), (features // 2, features)]
-    if features % (2 * _STRIP) or len(output.users) != 2 or any(part not in slices for part in parts):
+    if features % (2 * ops.STRIP) or len(output.users) != 2 or any(part not in slices for part in parts):
         return False
     within = dict[fx.Node, str]()  # what is computed of both halves, which are called y and 0
     for called, part in zip("y0", parts, strict=True):
@@ -316,8 +316,6 @@ def _look_of_norm(dtype: torch.dtype, dimensions: int, features: int, eps: float
 
 # Pieces.
 
-_STRIP = 32  # pieces of other sizes are left to Inductor
-
 
 class _Piece(NamedTuple):
     """A slice of a layer's output, and what is made of it: a contiguous tensor of its own."""
@@ -344,7 +342,7 @@ def split(layer: fx.Node) -> None:
     biases = [piece.bias for piece in pieces if piece.bias is not None]
     if len(biases) not in (0, len(pieces)) or len({node.meta["val"].dtype for node in biases}) > 1:
         return
-    if any(piece.size % _STRIP for piece in pieces):
+    if any(piece.size % ops.STRIP for piece in pieces):
         return
 
     call = functools.partial(_call, layer.graph)

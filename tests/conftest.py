@@ -74,7 +74,8 @@ class FakeTimer:
         self.baseline_us = 100.0
         self.model_ratio = 0.5
         self.uniform_ratio = 1.0  # time of the uniform plan / time of the plan
-        self.autocast_ratio = 1.0  # time of the plan in a region of autocast / outside of it
+        self.inside_ratio = 1.0  # time of the float model in a region of autocast / outside of it
+        self.other_side_ratio = 1.0  # time of the plan on the other side of a region / on its own
         self.raced: list[set[str]] = []  # the arms of every race, in turn
         self.comparisons = 0
 
@@ -92,13 +93,13 @@ class FakeTimer:
         return timings
 
     def compare(self, calls: Any, *, baseline: str, **_: Any) -> dict[str, Any]:
-        from autoplan.validate import IN_AUTOCAST
+        from autoplan.validate import OTHER_SIDE
 
-        self.comparisons += 1
+        self.comparisons += "plan" in calls
         for call in calls.values():
             call()
         ratios = {"plan": 1.0, "float": 1 / self.model_ratio, "uniform": self.uniform_ratio,
-                  IN_AUTOCAST: self.autocast_ratio}  # fmt: skip
+                  OTHER_SIDE: self.other_side_ratio, "outside": 1.0, "inside": self.inside_ratio}  # fmt: skip
         return {name: self._timing(name, name, ratios[name], exact=name == baseline) for name in calls}
 
     def _timing(self, name: str, group: str, ratio: float, exact: bool) -> Any:

@@ -52,13 +52,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "request": {"benchmark", "cache", "candidates", "divergence", "fisher", "kernels", "offload"}
     | {"recorder", "selection"},
     "divergence": {"recorder"},
-    "region": {"divergence", "recorder"},
+    "region": set(),
+    "inside": {"divergence", "recorder", "region", "selection", "timing"},
     "fisher": {"divergence", "offload"},
     "sensitivity": {"apply", "cache", "divergence", "fisher", "offload", "options", "recorder"},
     "priorities": {"arms", "benchmark"},
     "posterior": set(),
     "rescale": {"posterior", "selection"},
-    "validate": {"apply", "divergence", "graphs", "recorder", "region", "rescale", "selection", "timing"},
+    "validate": {"apply", "divergence", "graphs", "inside", "recorder", "region", "rescale", "selection", "timing"},
 }
 # the wiring and the edges: planner knows every room above, the public names and the command know planner too
 MAY_IMPORT["planner"] = set(MAY_IMPORT)

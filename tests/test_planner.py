@@ -36,9 +36,11 @@ from autoplan import (
 from autoplan.errors import BudgetError, CandidateError, RecordingError
 from autoplan.kernels import ops
 from autoplan.layers import PlannedLinear
-from autoplan.validate import IN_AUTOCAST
+from autoplan.records import Autocast
+from autoplan.validate import OTHER_SIDE
 
 LOOSE = Budget(divergence=0.1)
+EVERYWHERE = Autocast("cpu", "bfloat16", 0)
 
 
 def mlp(dtype: torch.dtype = torch.float32, width: int = 64) -> nn.Sequential:
@@ -478,8 +480,8 @@ def test_a_float32_model_gets_a_region_of_autocast_where_its_plan_is_faster_ther
 
     def compared(calls: Any, **options: Any) -> Any:
         found = compare(calls, **options)
-        if IN_AUTOCAST in calls:  # what is timed next is the plan for it
-            timer.model_ratio = 0.4
+        if OTHER_SIDE in calls:  # what is timed next is the plan for that
+            timer.model_ratio, timer.other_side_ratio = 0.4, 1.0
         return found
 
     monkeypatch.setattr("autoplan.timing.compare", compared)
@@ -487,11 +489,11 @@ def test_a_float32_model_gets_a_region_of_autocast_where_its_plan_is_faster_ther
     expected = reference(x)
     options: dict[str, Any] = {"budget": LOOSE, "cache": tmp_path}
     assert plan_of(autoplan(mlp(), x, **options)).autocast is None  # no faster there
-    timer.autocast_ratio, timer.model_ratio, comparisons = 0.8, 0.5, timer.comparisons
+    timer.other_side_ratio, timer.model_ratio, comparisons = 0.8, 0.5, timer.comparisons
     options["cache"] = tmp_path / "other"
     plan = plan_of(autoplan(model, x, **options))
     assert timer.comparisons == comparisons + 2
-    assert plan.autocast == "bfloat16"
+    assert plan.autocast == EVERYWHERE
     assert {call.dtype for layer in plan.layers for call in layer.calls} == {"bfloat16"}
     assert "without autocast" in plan.planning_seconds
     y = model(x)
@@ -514,24 +516,87 @@ def test_a_float32_model_gets_a_region_of_autocast_where_its_plan_is_faster_ther
     assert compiled_y.dtype == torch.float32
     torch.testing.assert_close(compiled_y, y, rtol=0.02, atol=0.05)
     revalidated = plan.revalidate(mlp(), x, cache=False)
-    assert revalidated.autocast == "bfloat16"
+    assert revalidated.autocast == EVERYWHERE
+
+
+def test_a_model_that_is_faster_in_a_region_is_planned_for_it_alone(timer: Any, tmp_path: Path) -> None:
+    timer.inside_ratio, timer.other_side_ratio, x = 0.4, 1.3, inputs()
+    options: dict[str, Any] = {"budget": LOOSE, "cache": tmp_path}
+    plan = plan_of(autoplan(mlp(), x, **options))
+    assert timer.comparisons == 1
+    assert plan.autocast == EVERYWHERE
+    assert plan.outcome is not None
+    assert plan.outcome.other_side is not None
+    assert plan.outcome.other_side.value == 1.3
+    assert "1.30x as fast as outside" in plan.report()
+    assert sum(seconds for stage, seconds in plan.planning_seconds.items() if stage != "total") == pytest.approx(
+        plan.planning_seconds["total"], abs=0.2
+    )
+    again = plan_of(autoplan(mlp(), x, **options))
+    assert (again.layers, again.autocast, timer.comparisons) == (plan.layers, plan.autocast, 1)
+    assert plan_of(autoplan(mlp(), x, autocast=False, **options)).autocast is None
+    assert plan_of(autoplan(mlp(), x, budget=Budget(time=0.9), cache=False)).autocast is None
+    assert plan_of(autoplan(mlp(), x, budget=LOOSE, cache=False, candidates=["int8_dynamic"])).autocast is None
+
+
+def test_where_the_region_promised_more_than_it_gives_both_sides_are_planned(
+    timer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timer.inside_ratio, timer.other_side_ratio = 0.4, 1.01  # too little
+    plan = plan_of(autoplan(mlp(), inputs(), budget=LOOSE, cache=False))
+    assert timer.comparisons == 2
+    assert plan.autocast is None  # a tie
+    assert plan.outcome is not None
+    assert plan.outcome.notes[-1] == "a plan in autocast was made too, and was no faster"
+    assert plan.planning_seconds["in autocast"] > 0
+    monkeypatch.setattr("autoplan.inside.recorded_inside", _fail)
+    plan = plan_of(autoplan(mlp(), inputs(), budget=LOOSE, cache=False))
+    assert plan.autocast is None
+    assert plan.outcome is not None
+    assert "planning for a region of autocast failed: RuntimeError: no such luck" in plan.outcome.notes
+
+
+def test_a_region_for_some_of_the_workloads(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    region = Autocast("cpu", "bfloat16", 1000)
+    monkeypatch.setattr("autoplan.inside.promising", lambda *_: region)
+    timer.other_side_ratio, model = 1.3, mlp()
+    few, many = inputs()[:2], inputs()
+    with record(model) as recording, torch.no_grad():
+        for name, x, weight in (("decode", few, 1000.0), ("prefill", many, 1.0)):
+            with recording.workload(name, weight):
+                expected = model(x)
+    plan = make_plan(model, recording, budget=LOOSE, cache=False)
+    assert plan.autocast == region
+    for layer in plan.layers:
+        assert {call.workload: call.dtype for call in layer.calls} == {"decode": "float32", "prefill": "bfloat16"}
+    assert "in calls of 1,000 elements or more" in plan.report()
+    apply_plan(model, plan)
+    seen: list[torch.dtype] = []
+    model[0].register_forward_hook(lambda _, args, y: seen.append(y.dtype))
+    assert model(few).dtype == torch.float32
+    y = model(many)
+    assert y.dtype == torch.float32
+    assert seen == [torch.float32, torch.bfloat16]
+    assert 0 < ((y - expected).norm() / expected.norm()) < 0.1
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def _fail(*_: Any) -> None:
+    raise RuntimeError("no such luck")
 
 
 def test_no_region_of_autocast_where_its_plan_is_no_faster_or_fails(
     timer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timer.autocast_ratio = 0.8
+    timer.other_side_ratio = 0.8
     plan = plan_of(autoplan(mlp(), inputs(), budget=LOOSE, cache=False))
     assert plan.autocast is None
     assert plan.outcome is not None
-    assert "was no faster" in plan.outcome.notes[-1]
+    assert plan.outcome.notes[-1] == "a plan in autocast was made too, and was no faster"
     plan = plan_of(autoplan(mlp(), inputs(), budget=LOOSE, cache=False, max_seconds=100, autocast=False))
     assert "autocast" not in "".join(plan.outcome.notes if plan.outcome else ())
 
-    def fail(*_: Any) -> None:
-        raise RuntimeError("no such luck")
-
-    monkeypatch.setattr("autoplan.planner.recorded_inside", fail)
+    monkeypatch.setattr("autoplan.inside.recorded_inside", _fail)
     plan = plan_of(autoplan(mlp(), inputs(), budget=LOOSE, cache=False))
     assert plan.outcome is not None
     assert plan.outcome.notes[-1] == "planning for a region of autocast failed: RuntimeError: no such luck"

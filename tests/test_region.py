@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from autoplan.apply import Swap
-from autoplan.recorder import record
-from autoplan.region import recorded_inside
+from autoplan.records import Autocast
+from autoplan.region import size
+
+EVERYWHERE = Autocast("cpu", "bfloat16", 0)
 
 
 class Output(NamedTuple):
@@ -46,7 +48,7 @@ def test_what_goes_in_and_comes_out_is_as_before(model: Model, x: Tensor) -> Non
     outside, signature = model(x), inspect.signature(model.forward)
     with torch.autocast("cpu", torch.bfloat16):
         inside = model(x)
-    with Swap(model, {}, ("cpu", "bfloat16")):
+    with Swap(model, {}, EVERYWHERE):
         found = model(x, more=True)
         assert inspect.signature(model.forward) == signature
         assert [*model.state_dict()] == ["layer.weight", "layer.bias", "norm.weight", "norm.bias"]
@@ -62,7 +64,7 @@ def test_what_goes_in_and_comes_out_is_as_before(model: Model, x: Tensor) -> Non
 
 
 def test_copies_and_pickles_enter_theirs(model: Model, x: Tensor) -> None:
-    Swap(model, {}, ("cpu", "bfloat16")).exchange()
+    Swap(model, {}, EVERYWHERE).exchange()
     expected = model(x).y
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x).y, expected)
@@ -74,7 +76,7 @@ def test_copies_and_pickles_enter_theirs(model: Model, x: Tensor) -> None:
 def test_graphs_have_it_in_them(model: Model, x: Tensor) -> None:
     outside = torch.compile(model, fullgraph=True)
     assert torch.allclose(outside(x).y, model(x).y, atol=1e-5)
-    Swap(model, {}, ("cpu", "bfloat16")).exchange()
+    Swap(model, {}, EVERYWHERE).exchange()
     expected = model(x).y
     torch.testing.assert_close(outside(x).y, expected, atol=0.03, rtol=0)
     assert not torch.allclose(outside(x).y, torch.func.functional_call(Model(), model.state_dict(), x).y, atol=1e-5)
@@ -90,22 +92,27 @@ def test_a_forward_that_somebody_else_has_put_there_is_called(model: Model, x: T
         return own(*args, **kwargs)
 
     model.forward = counted  # type: ignore[method-assign]
-    with Swap(model, {}, ("cpu", "bfloat16")):
+    with Swap(model, {}, EVERYWHERE):
         model(x)
     model(x)
     assert calls == [True, False]
     assert vars(model)["forward"] is counted
 
 
-def test_what_layers_see_inside(model: Model, x: Tensor) -> None:
-    with record(model) as recording:
-        for name, rows in (("few", 2), ("few", 2), ("many", 5)):
-            with recording.workload(name, weight=3.0):
-                model(x[:rows])
-    there = recorded_inside(model, recording)
-    (before,), (inside,) = recording.profiles(), there.profiles()
-    assert [(call.workload, call.rows, call.count) for call in inside.calls] == [("few", 2, 2), ("many", 5, 1)]
-    assert {call.dtype for call in before.calls} == {"float32"}
-    assert {call.dtype for call in inside.calls} == {"bfloat16"}
-    assert there.call_weights() == recording.call_weights()
-    assert there.inputs == recording.inputs  # which stay outside
+def test_small_calls_stay_outside_and_as_they_are(model: Model, x: Tensor) -> None:
+    outside, compiled = model(x[:2]), torch.compile(model, fullgraph=True, dynamic=False)
+    with Swap(model, {}, Autocast("cpu", "bfloat16", 3 * 32)):
+        assert torch.equal(model(x[:2]).y, outside.y)
+        assert not torch.equal(model(x).y[:2], outside.y)
+        torch.testing.assert_close(compiled(x[:2]).y, outside.y)
+        torch.testing.assert_close(compiled(x).y, model(x).y, atol=0.03, rtol=0)
+        with torch.autocast("cpu", torch.float16):  # that of the caller
+            assert model.layer(x[:2]).dtype == torch.float16
+            assert torch.equal(model(x[:2]).y, Model.forward(model, x[:2]).y)
+
+
+def test_the_size_of_a_call() -> None:
+    ids, mask = torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1, 1, 90)
+    assert size((ids, mask), {"cache_position": torch.zeros(1), "past": [torch.zeros(2, 4, 0, 8), mask]}) == 2
+    assert size((), {"x": [mask], "y": 3.0}) == 180
+    assert size((torch.zeros(7), 1), {}) == 0

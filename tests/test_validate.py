@@ -19,10 +19,10 @@ from autoplan.apply import stand_ins
 from autoplan.divergence import references, undisturbed
 from autoplan.errors import AutoplanError
 from autoplan.recorder import ModelInput
-from autoplan.records import COMPILED, EAGER, NO_DIVERGENCE, LayerPlan, Option, Outcome
+from autoplan.records import COMPILED, EAGER, NO_DIVERGENCE, Autocast, LayerPlan, Option, Outcome
 from autoplan.rescale import ROUNDS, within_budget
 from autoplan.selection import Budget, choosing, is_plain
-from autoplan.validate import Whole, do_no_harm, whole_model_times
+from autoplan.validate import OTHER_SIDE, Whole, do_no_harm, whole_model_times
 
 LANGUAGE, CLASSES = 11, 7
 
@@ -142,6 +142,7 @@ class Sum(nn.Module):
         return y
 
 
+EVERYWHERE = Autocast("cpu", "bfloat16", 0)
 PROGRAMS = {"none": ("1:linear", 100.0), "int4_g32": ("1:dequantize_int4", 30.0), "bf16": ("1:linear", 60.0)}
 
 
@@ -250,21 +251,24 @@ def test_the_users_metric_gets_as_much_of_the_plan_as_it_accepts(timer: Any) -> 
         outcome(whole, plan, Budget(divergence=9.0), judge=(lambda model: "good", 0.0))
 
 
-def test_what_a_plan_gains_in_autocast_is_told_where_that_is_sure_and_inside_the_budget(
+def test_the_other_side_of_autocast_is_timed_where_that_may_be_faster_and_inside_the_budget(
     timer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, layers = trial([1.0] * 2, candidates=("none", "bf16", "int4_g32"))
     plan = choosing(layers, ["int4_g32"] * 2)
-    timer.autocast_ratio = 0.7
-    _, found = outcome(whole, plan, Budget(divergence=9.0))
-    assert found.in_autocast is not None
-    assert found.in_autocast.value == 0.7
-    assert outcome(whole, plan, Budget(divergence=9.0), autocast=False)[1].in_autocast is None
+    timer.other_side_ratio = 0.7
+    _, found = outcome(whole, plan, Budget(divergence=9.0), autocast=True)
+    assert found.other_side is not None
+    assert found.other_side.value == 0.7
+    assert outcome(whole, plan, Budget(divergence=9.0))[1].other_side is None
     with undisturbed(whole.model):
         outside = whole.measure(plan, held_out(whole)).value
-    strict = outcome(whole, plan, Budget(divergence=0.5 * outside), pinned={"layers.0": "int4_g32"})
-    assert strict[1].in_autocast is None
-    slower = [replace(layer, baseline_us=1.0) for layer in plan]
+    strict = outcome(whole, plan, Budget(divergence=0.5 * outside), pinned={"layers.0": "int4_g32"}, autocast=True)
+    assert strict[1].other_side is None
+    slower = [replace(layer, baseline_us=1.0) for layer in plan]  # than which bfloat16 is no faster
+    assert outcome(whole, slower, Budget(divergence=9.0), autocast=True)[1].other_side is None
+    inside = replace(whole, region=EVERYWHERE)
+    assert outcome(inside, slower, Budget(divergence=9.0), autocast=True)[1].other_side is not None
 
     def refuse(model: nn.Module, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
@@ -272,15 +276,33 @@ def test_what_a_plan_gains_in_autocast_is_told_where_that_is_sure_and_inside_the
         return forward(model, x)
 
     forward = Sum.forward
-    with monkeypatch.context() as patch:
-        patch.setattr(Sum, "forward", refuse)
-        assert outcome(whole, plan, Budget(divergence=9.0))[1].in_autocast is None
-    inside = replace(whole, inputs=[replace(item, autocast="bfloat16") for item in whole.inputs])
-    timer.autocast_ratio = 0.999
-    assert outcome(whole, plan, Budget(divergence=9.0))[1].in_autocast is None  # not surely
-    timer.autocast_ratio = 0.7
-    assert outcome(whole, slower, Budget(divergence=9.0))[1].in_autocast is None  # bfloat16 is no faster here
-    assert outcome(inside, plan, Budget(divergence=9.0))[1].in_autocast is None  # it is called there already
+    monkeypatch.setattr(Sum, "forward", refuse)
+    assert outcome(whole, plan, Budget(divergence=9.0), autocast=True)[1].other_side is None
+
+
+def test_a_region_of_some_workloads_is_judged_by_these(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, layers = trial([1.0] * 2)
+    plan = choosing(layers, ["int4_g32"] * 2)
+    small, large = (replace(whole.inputs[0], workload=name) for name in ("small", "large"))
+    (x,) = small.args
+    small = replace(small, args=(x[:1],))
+    there = replace(
+        whole, inputs=[small, large], weights={"small": 1e6, "large": 1.0}, region=replace(EVERYWHERE, least=x.numel())
+    )
+    compare = timer.compare
+    ratios = iter([{"plan": 1.0, "float": 2.0, OTHER_SIDE: 0.5}, {"plan": 1.0, "float": 4.0, OTHER_SIDE: 3.0}])
+
+    def compared(calls: Any, **options: Any) -> Any:
+        found, own = compare(calls, **options), next(ratios)
+        return {name: replace(one, ratio=own[name]) for name, one in found.items()}
+
+    monkeypatch.setattr("autoplan.timing.compare", compared)
+    made = there.stand_ins(plan)
+    swaps = {"float": there.swapped({}), "plan": there.swapped(made), OTHER_SIDE: whole.swapped(made)}
+    times = whole_model_times(there, swaps, baseline="plan", seconds=0.1, share=0.8)
+    assert times.note.startswith("the whole model was timed in small only")
+    assert times.ratios[OTHER_SIDE].value == 3.0  # in the large one
+    assert times.ratios["float"].value == 2.0
 
 
 def test_planned_models_enter_their_region_and_float_ones_do_not(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +316,7 @@ def test_planned_models_enter_their_region_and_float_ones_do_not(timer: Any, mon
     monkeypatch.setattr(Sum, "forward", watched)
     with undisturbed(whole.model):
         outside = whole.measure(plan, held_out(whole))
-        there = replace(whole, autocast="bfloat16")
+        there = replace(whole, region=EVERYWHERE)
         assert there.measure(plan, held_out(whole)) != outside
     assert not seen[0]
     assert seen[-1]
