@@ -261,10 +261,14 @@ class _Planning:
         if plan := self.ranks.from_first(self._known_plan):
             return plan
         plan = self._for_faster_side() if self._may_enter() else self._made()
+        return self.ranks.from_first(lambda: self._kept(plan))
+
+    def _kept(self, plan: Plan) -> Plan:
+        """The plan with what all of planning took, once it is in the cache."""
         own = {stage: seconds for stage, seconds in self.seconds.items() if stage == "region"}
         seconds = plan.planning_seconds | own | {"total": time.monotonic() - self.began}
         plan = replace(plan, planning_seconds={stage: round(spent, 3) for stage, spent in seconds.items()})
-        if self.ranks.is_first and self._seconds_left() > 0 and not self.cut_short and (cache := self._plan_cache()):
+        if self._seconds_left() > 0 and not self.cut_short and (cache := self._plan_cache()):
             cache.put("plans", *entry(self.prints, plan.to_dict()))
         return plan
 
