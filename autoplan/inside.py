@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -24,6 +26,7 @@ _logger = logging.getLogger("autoplan")
 
 _ROUNDS = 2  # of calls, to guess by
 _SHARE = 0.25  # of the budget, at most: what the region alone may do to the output
+_REST = 0.1  # of a call's time, at least: what is not spent in layers, which gain as much outside
 
 
 def everywhere(model: nn.Module) -> Autocast:
@@ -37,13 +40,16 @@ def promising(
     """The region that makes the float model's calls faster, as a few eager ones of each workload show.
 
     It is entered in the workloads that it makes faster, where the size of a call tells them from the others, else in
-    all or none. None, too, where the model cannot run in it, or it alone takes over a quarter of the budget.
+    all or none. None, too, where the model cannot run in it, it alone takes over a quarter of the budget, or there is
+    little but layers to gain from.
     """
     examples: dict[str, ModelInput] = {}
     for item in recording.inputs:
         examples.setdefault(item.workload, item)
     try:
         with undisturbed(model):
+            if all(_rest(model, recording, example) < _REST for example in examples.values()):
+                return None
             times = {workload: _times(model, example) for workload, example in examples.items()}
             region = _separating(everywhere(model), times, recording)
             if region is None:
@@ -57,6 +63,28 @@ def promising(
         return None
     limit = Budget.of(budget, outside[0].logits).divergence
     return region if limit is None or rounding <= _SHARE * limit else None
+
+
+def _rest(model: nn.Module, recording: Recording, example: ModelInput) -> float:
+    """The share of an eager call's time that is not spent in layers; on a GPU, that of the launches."""
+    layers = {id(m): m for d in recording.decisions.values() for m in map(model.get_submodule, d.names)}.values()
+    began, spent = [0], 0
+
+    def before(*_: object) -> None:
+        began[0] = time.perf_counter_ns()
+
+    def after(*_: object) -> None:
+        nonlocal spent
+        spent += time.perf_counter_ns() - began[0]
+
+    call(model, example)  # what is made on first use
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(before).remove)
+            hooks.callback(layer.register_forward_hook(after, prepend=True).remove)
+        start = time.perf_counter_ns()
+        call(model, example)
+        return 1 - spent / (time.perf_counter_ns() - start)
 
 
 def _times(model: nn.Module, example: ModelInput) -> tuple[float, float]:

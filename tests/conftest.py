@@ -112,9 +112,10 @@ class FakeTimer:
 @pytest.fixture
 def timer(monkeypatch: pytest.MonkeyPatch) -> FakeTimer:
     """Planning with given times instead of measured ones: fast, and the same everywhere."""
-    from autoplan import timing
+    from autoplan import inside, timing
 
     fake = FakeTimer()
+    monkeypatch.setattr(inside, "_rest", lambda *_: 1.0)
     fake.ratios = {"none/onednn": 1.0, "bf16/onednn": 0.8, "int8_dynamic/onednn_u8s8": 0.4, "int8_weight_only": 0.7}
     monkeypatch.setattr(timing, "race", fake.race)
     monkeypatch.setattr(timing, "compare", fake.compare)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
@@ -119,6 +121,31 @@ def test_a_model_that_cannot_run_there_gets_none(model: Model, timer: Any, monke
     timer.inside_ratio = 0.5
     assert promising(model, recording, LOOSE, None) is None
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_model_of_layers_and_little_else_gets_none(model: Model, timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording, rest = recording_of(model, few=2, many=6), iter([0.05, 0.05, 0.05, 0.2])
+    timer.inside_ratio = 0.5
+    monkeypatch.setattr(inside, "_rest", lambda *_: next(rest))
+    assert promising(model, recording, LOOSE, None) is None
+    assert promising(model, recording, LOOSE, None) is not None
+
+
+@pytest.mark.parametrize("slow", ["layer", "norm"])
+def test_what_is_not_spent_in_layers(slow: str) -> None:
+    model = nn.Sequential(OrderedDict(layer=nn.Linear(32, 32), norm=nn.LayerNorm(32)))
+    with torch.no_grad(), record(model) as recording:
+        model(torch.randn(4, 32))
+    module = model.get_submodule(slow)
+    own = module.forward
+
+    def slowly(x: Tensor) -> Tensor:
+        time.sleep(0.1)
+        return own(x)
+
+    module.forward = slowly  # type: ignore[method-assign]
+    rest = inside._rest(model, recording, recording.inputs[0])
+    assert 0 < rest < 0.3 if slow == "layer" else rest > 0.7
 
 
 def test_it_is_timed_for_real(model: Model) -> None:
