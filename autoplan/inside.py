@@ -24,7 +24,7 @@ DTYPE = "bfloat16"  # that regions are tried with
 
 _logger = logging.getLogger("autoplan")
 
-_ROUNDS = 2  # of calls, to guess by
+_ROUNDS, _SECONDS = 40, 2.0  # at most, to guess by: fewer than four rounds are enough where calls take that long
 _SHARE = 0.25  # of the budget, at most: what the region alone may do to the output
 _REST = 0.1  # of a call's time, at least: what is not spent in layers, which gain as much outside
 
@@ -103,8 +103,8 @@ def _times(model: nn.Module, example: ModelInput) -> tuple[float, float]:
     try:
         with torch.autocast(device, getattr(torch, region.dtype)):  # one for all calls, which keeps the casts
             found = timing.compare(
-                {"outside": outside, "inside": inside}, baseline="outside", min_rounds=_ROUNDS, max_rounds=_ROUNDS,
-                clock=timing.clock_of(device),
+                {"outside": outside, "inside": inside}, baseline="outside", precision=0.05, min_rounds=4,
+                max_rounds=_ROUNDS, max_seconds=_SECONDS, clock=timing.clock_of(device),
             )  # fmt: skip
     finally:
         torch.clear_autocast_cache()
