@@ -88,7 +88,10 @@ def _rest(model: nn.Module, recording: Recording, example: ModelInput) -> float:
 
 
 def _times(model: nn.Module, example: ModelInput) -> tuple[float, float]:
-    """Microseconds of a call outside and inside, once weights are cast: planned layers hold them as they need them."""
+    """Microseconds of a call outside and inside: there with weights that are cast, as planned layers hold them so.
+
+    Torch keeps those casts only that are of weights which want gradients: the guess is against the region without.
+    """
     device = device_of_model(model).type
     region = everywhere(model)
 
