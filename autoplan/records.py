@@ -228,5 +228,5 @@ class Outcome:
     top1_agreement: float | None = None  # logits only: share of the positions whose most likely class is the same
     perplexity_ratio: float | None = None  # planned / float, of the input's own next tokens; language models only
     other_side: Estimate | None = None  # time outside the region of autocast / time, where the plan is for one; where
-    # it is for outside, and would keep the budget inside of one: time in there / time
+    # it is for outside, and would keep the budget inside of one: time in there / time; of the solver's plan
     float_us: float | None = None  # the float model in one forward of each workload times its weight, if all were timed

@@ -387,9 +387,11 @@ def whole_model_times(
     by_workload = {item.workload: item for item in reversed(whole.inputs)}
     largest, note = _largest(model, by_workload, weights, share, timing.clock_of(device))
     racing = {workload: [name for name in variants if name != OTHER_SIDE] for workload in largest}
-    for workload, item in by_workload.items() if OTHER_SIDE in variants else ():
-        if workload in largest if region is None else enters(region, item.args, item.kwargs):
-            racing[workload] = [*racing.get(workload, [baseline]), OTHER_SIDE]
+    inside = largest
+    if region is not None:
+        inside = {w: item for w, item in by_workload.items() if enters(region, item.args, item.kwargs)}
+    for workload in inside if OTHER_SIDE in variants else ():
+        racing[workload] = [*racing.get(workload, [baseline]), OTHER_SIDE]
     found: dict[str, dict[str, timing.Timing]] = {}
     for workload, names in racing.items():
         functions, before = {name: graphs.separate(model) for name in names}, graphs.written()

@@ -152,10 +152,8 @@ def play(table: str, arguments: argparse.Namespace) -> list[Row]:
     """All workloads of a table; goes on where the journal ends."""
     # Every peer has a code object of its own, so one that outruns the limit would run eagerly: that has to show.
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True), torch.no_grad():
-        if not arguments.quick:
-            torch.compile(lambda x: x.sin() + 1)(
-                torch.ones(64)
-            )  # what is found out about the machine once is in no set-up time
+        if not arguments.quick:  # what Inductor finds out about the machine, once, is in no set-up time
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(64))
         for work in of_table(table, arguments.full, arguments.quick):
             Match(replace(work, compiled=not arguments.quick), arguments).play()
             gc.collect()

@@ -465,9 +465,9 @@ def attend(graph: fx.Graph) -> None:
             continue
         if mask is not None and not _is_mask(mask.meta["val"], queries, keys):
             continue
-        if any(use.args[1] != 0 for use in node.users) or not native_attention.pays(
-            rows, count, features, queries.dtype
-        ):
+        if any(use.args[1] != 0 for use in node.users):
+            continue
+        if not native_attention.pays(rows, count, features, queries.dtype):
             continue
         with graph.inserting_before(node):
             own = _call(graph, ATTENTION, q, k, v, mask, causal, features**-0.5 if scale is None else scale)

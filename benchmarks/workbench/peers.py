@@ -329,7 +329,7 @@ def autoplan(budget: str, dtype: torch.dtype | None = None) -> Make:
         apply_plan(model, plan, weights="skip")
         chosen = [layer.chosen for layer in plan.layers]
         about = ", ".join(f"{name} {chosen.count(name)}" for name in sorted(set(chosen)))
-        about += ", in autocast" * (plan.autocast is not None)
+        about += ", in autocast" * (plan.region is not None)
         return of_module(model, work, compiled=True, about=about)
 
     return make
