@@ -16,6 +16,8 @@ A canonical weight is a dict of plain tensors, told apart by its keys and dtypes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,12 +32,20 @@ def quantize_per_channel(weight: Tensor, dtype: torch.dtype) -> Canonical:
 
     `dtype` is torch.int8 (codes within +-127) or torch.float8_e4m3fn.
     """
-    values = weight.detach().float()
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    scale = (values.abs().amax(dim=1) / largest).clamp_min(_TINY)
-    scaled = values / scale[:, None]
-    codes = scaled.round_().to(torch.int8) if dtype == torch.int8 else scaled.to(dtype)
-    return {"codes": codes, "scale": scale}
+    codes, scales = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format), []
+    for own, part in zip(_slices(codes), _slices(weight), strict=True):
+        values = part.float()
+        scales.append((values.abs().amax(dim=1) / largest).clamp_min(_TINY))
+        scaled = values / scales[-1][:, None]
+        own.copy_(scaled.round_() if dtype == torch.int8 else scaled)
+    return {"codes": codes, "scale": torch.cat(scales)}
+
+
+def _slices(weight: Tensor) -> Sequence[Tensor]:
+    """A few rows at a time, so that float32 scratch stays in a CPU's caches."""
+    size = 1 << (24 if weight.is_cuda else 18)  # a GPU would wait for launches, on small ones
+    return weight.detach().split(max(1, size // max(weight.shape[1], 1)))
 
 
 def quantize_grouped(weight: Tensor, group_size: int, bits: int = 4) -> Canonical:
@@ -43,12 +53,9 @@ def quantize_grouped(weight: Tensor, group_size: int, bits: int = 4) -> Canonica
 
     `bits` is 4, or 5 or 6: then in_features is a multiple of 8. The range of each group is shrunk by the ratio in
     1.00, 0.98 ... 0.50 that gives the least squared error (clip search, as in AWQ, https://arxiv.org/abs/2306.00978,
-    section 3), of the codes that suit the rounded scale: a float32 one would be no better. Rows are handled in slices,
-    so the float32 scratch stays in a CPU's caches.
+    section 3), of the codes that suit the rounded scale: a float32 one would be no better.
     """
-    slice_size = 1 << (24 if weight.is_cuda else 18)  # a GPU would wait for launches, on small ones
-    rows_a_slice = max(1, slice_size // max(weight.shape[1], 1))
-    parts = [_quantize_grouped(part, group_size, 2**bits - 1) for part in weight.detach().split(rows_a_slice)]
+    parts = [_quantize_grouped(part, group_size, 2**bits - 1) for part in _slices(weight)]
     codes, scale, zero_point = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     canonical = {"codes": pack_nibbles(codes & 15), "scale": scale, "zero_point": zero_point}
     return canonical | {"upper_bits": pack_bits(codes >> 4, bits - 4)} if bits > 4 else canonical

@@ -1,11 +1,13 @@
 // Codes of weights in groups, with the best of some ranges for each: what packing.quantize_grouped does, in one pass.
 #include <math.h>
 #include <omp.h>
+#include <vector>
 #include "simd.h"
 
 namespace {
 
 constexpr float TINY = 1e-30f;
+constexpr float ROUNDER = 3 << 22;  // added to a small float, it leaves no fraction
 
 struct Group {
   float scale, zero, largest;  // code
@@ -14,19 +16,22 @@ struct Group {
     const __m512 code = _mm512_roundscale_ps(_mm512_mul_ps(values, _mm512_set1_ps(1 / scale)), _MM_FROUND_TO_NEAREST_INT);
     return _mm512_min_ps(_mm512_set1_ps(largest), _mm512_max_ps(_mm512_setzero_ps(), _mm512_add_ps(code, _mm512_set1_ps(zero))));
   }
+};
 
-  float error(const float* values, int64_t count) const {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t k = 0; k < count; k += 16) {
-      const __m512 value = _mm512_loadu_ps(values + k), code = _mm512_sub_ps(codes(value), _mm512_set1_ps(zero));
-      const __m512 off = _mm512_fmsub_ps(code, _mm512_set1_ps(scale), value);
-      sum = _mm512_fmadd_ps(off, off, sum);
+// What each of 16 lanes multiplies the range of a group with; lanes left over repeat the last.
+struct Ratios {
+  float ratio[16], per_code[16];
+
+  Ratios(const double* ratios, int64_t from, int64_t tried, float largest) {
+    for (int64_t i = 0; i < 16; i++) {
+      const double own = ratios[from + i < tried ? from + i : tried - 1];
+      ratio[i] = (float)own, per_code[i] = (float)(own / largest);
     }
-    return _mm512_reduce_add_ps(sum);
   }
 };
 
-Group best_of(const float* values, int64_t count, float largest, const double* ratios, int64_t tried) {
+// The ranges lie side by side in the lanes, and the values come one after another: no sum has to be taken over lanes.
+Group best_of(const float* values, int64_t count, float largest, const std::vector<Ratios>& ratios) {
   __m512 low = _mm512_setzero_ps(), high = low;  // zero stays representable
   for (int64_t k = 0; k < count; k += 16) {
     low = _mm512_min_ps(low, _mm512_loadu_ps(values + k));
@@ -35,11 +40,28 @@ Group best_of(const float* values, int64_t count, float largest, const double* r
   const float least = _mm512_reduce_min_ps(low), range = _mm512_reduce_max_ps(high) - least;
   Group best = {1, 0, largest};
   float least_error = INFINITY;
-  for (int64_t i = 0; i < tried; i++) {
-    const float scale = rounded_bf16(fmaxf(range * (float)(ratios[i] / largest), TINY));
-    const Group group = {scale, fminf(nearbyintf(-least * (float)ratios[i] / scale), largest), largest};
-    const float error = group.error(values, count);
-    if (error < least_error) best = group, least_error = error;
+  for (const Ratios& own : ratios) {
+    const __m512 wanted = _mm512_mul_ps(_mm512_set1_ps(range), _mm512_loadu_ps(own.per_code));
+    const __m512 scale = widen_bf16(narrow_bf16(_mm512_max_ps(wanted, _mm512_set1_ps(TINY))));
+    const __m512 start = _mm512_div_ps(_mm512_mul_ps(_mm512_set1_ps(-least), _mm512_loadu_ps(own.ratio)), scale);
+    const __m512 zero = _mm512_min_ps(_mm512_roundscale_ps(start, _MM_FROUND_TO_NEAREST_INT), _mm512_set1_ps(largest));
+    const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1), scale), rounder = _mm512_set1_ps(ROUNDER);
+    const __m512 first = _mm512_sub_ps(rounder, zero), last = _mm512_add_ps(first, _mm512_set1_ps(largest));
+    const auto squared = [&](float value, __m512 sum) {
+      const __m512 all = _mm512_set1_ps(value), code = _mm512_fmadd_ps(all, inverse, rounder);
+      const __m512 held = _mm512_sub_ps(_mm512_min_ps(last, _mm512_max_ps(first, code)), rounder);
+      const __m512 off = _mm512_fmsub_ps(held, scale, all);
+      return _mm512_fmadd_ps(off, off, sum);
+    };
+    __m512 even = _mm512_setzero_ps(), odd = even;  // two sums: one would wait for itself
+    for (int64_t k = 0; k < count; k += 2) even = squared(values[k], even), odd = squared(values[k + 1], odd);
+    const __m512 errors = _mm512_add_ps(even, odd);
+    const float error = _mm512_reduce_min_ps(errors);
+    if (error < least_error) {
+      const __mmask16 lane = 1 << __builtin_ctz(_mm512_cmpeq_ps_mask(errors, _mm512_set1_ps(error)));
+      best.scale = _mm512_mask_reduce_add_ps(lane, scale), best.zero = _mm512_mask_reduce_add_ps(lane, zero);
+      least_error = error;
+    }
   }
   return best;
 }
@@ -48,13 +70,16 @@ template <int DTYPE>
 void run(const void* weight, int64_t rows, int64_t in_features, int64_t group_size, int64_t bits, const double* ratios,
          int64_t tried, uint8_t* codes, uint8_t* upper_bits, uint16_t* scale, uint8_t* zero_point, int threads) {
   const int64_t groups = in_features / group_size;
+  const float largest = (float)((1 << bits) - 1);
+  std::vector<Ratios> shrunk;
+  for (int64_t i = 0; i < tried; i += 16) shrunk.emplace_back(ratios, i, tried, largest);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < rows; row++) {
     float* const values = (float*)scratch(group_size * 4);
     for (int64_t g = 0; g < groups; g++) {
       const int64_t at = row * in_features + g * group_size;
       for (int64_t k = 0; k < group_size; k += 16) _mm512_storeu_ps(values + k, load<DTYPE>(weight, at + k));
-      const Group group = best_of(values, group_size, (float)((1 << bits) - 1), ratios, tried);
+      const Group group = best_of(values, group_size, largest, shrunk);
       store<BFLOAT16>(scale, row * groups + g, 1, _mm512_set1_ps(group.scale));
       zero_point[row * groups + g] = (uint8_t)group.zero;
       for (int64_t k = 0; k < group_size; k += 16) {  // two codes a byte: the even one in the low half
