@@ -6,22 +6,26 @@ The graph calls the kernel itself, not the op, whose way through torch's dispatc
 product of a small layer; and where it writes is memory that Inductor has planned, with the rest of the graph. What does
 not change from call to call (dtypes, the activation, the number of rows) is looked up once, as the code is loaded.
 
-Only graphs with our op notice: no setting of Inductor's is changed. All of it leans on parts of torch that come and go.
-In a torch that has other ones, layers run as one op each.
+Only graphs with our op notice: of torch's settings, only the tag that tells cached graphs apart is changed. All of it
+leans on parts of torch that come and go. In a torch that has other ones, layers run as one op each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 
+from autoplan.cache.fingerprint import source_digest
+from autoplan.errors import CacheError
 from autoplan.kernels import ops
 from autoplan.kernels.native import attention as native_attention
 from autoplan.kernels.rewrites import ATTENTION, LINEAR, PAIR, attend, rewrite
@@ -31,7 +35,8 @@ _logger = logging.getLogger(__name__)
 
 
 def _install() -> None:
-    """Tell Inductor, if it is at work."""
+    """Tell Inductor, if it is at work; and Dynamo's caches, which are asked before."""
+    _tag_cached_graphs()
     if _POST_GRAD in sys.modules:
         _tell_inductor()
 
@@ -46,6 +51,13 @@ def _tell_inductor() -> None:
             tell()
         except (ImportError, AttributeError, LookupError) as error:  # an Inductor of another kind
             _logger.info("%s: %s: %s", otherwise, type(error).__name__, error)
+
+
+@functools.cache
+def _tag_cached_graphs() -> None:
+    """Graphs that are kept from one process to the next call our functions: another version's are none of ours."""
+    with contextlib.suppress(AttributeError, CacheError):  # a torch without such tags; no source to be told apart by
+        torch.compiler.config.cache_key_tag += f" autoplan {source_digest(Path(__file__).parent)}"
 
 
 ops.tracing_watchers.append(_install)

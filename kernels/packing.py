@@ -45,7 +45,8 @@ def quantize_per_channel(weight: Tensor, dtype: torch.dtype) -> Canonical:
 def _slices(weight: Tensor) -> Sequence[Tensor]:
     """A few rows at a time, so that float32 scratch stays in a CPU's caches."""
     size = 1 << (24 if weight.is_cuda else 18)  # a GPU would wait for launches, on small ones
-    return weight.detach().split(max(1, size // max(weight.shape[1], 1)))
+    slices: Sequence[Tensor] = weight.detach().split(max(1, size // max(weight.shape[1], 1)))
+    return slices
 
 
 def quantize_grouped(weight: Tensor, group_size: int, bits: int = 4) -> Canonical:

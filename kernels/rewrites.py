@@ -457,17 +457,18 @@ def attend(graph: fx.Graph) -> None:
         while mask is not None and mask.target is torch.ops.aten.expand.default and mask.args[0].meta["val"].dim() == 4:
             mask = mask.args[0]
         queries, keys = q.meta["val"], k.meta["val"]
-        (rows, features), count = queries.shape[2:], keys.shape[2]
-        if dropout or not all(isinstance(size, int) for size in (rows, features, count)):
+        (_, heads, rows, features), (_, key_heads, count, _) = queries.shape, keys.shape
+        if dropout or not all(isinstance(size, int) for size in (heads, rows, features, key_heads)):
             continue
         dtypes = {tensor.meta["val"].dtype for tensor in (q, k, v)}
-        if len(dtypes) > 1 or queries.dtype not in native_attention.DTYPES or queries.shape[1] % keys.shape[1]:
+        if len(dtypes) > 1 or queries.dtype not in native_attention.DTYPES or heads % key_heads:
             continue
         if mask is not None and not _is_mask(mask.meta["val"], queries, keys):
             continue
         if any(use.args[1] != 0 for use in node.users):
             continue
-        if not native_attention.pays(rows, count, features, queries.dtype):
+        known = count if isinstance(count, int) else None
+        if not native_attention.pays(rows, known, features, heads // key_heads, queries.dtype):
             continue
         with graph.inserting_before(node):
             own = _call(graph, ATTENTION, q, k, v, mask, causal, features**-0.5 if scale is None else scale)

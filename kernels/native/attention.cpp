@@ -5,27 +5,11 @@
 // What one unit of a core stores, another waits for until it is in the cache. So three blocks are on their way at a time,
 // and what a stage reads was stored two stages ago.
 #include <utility>
-#include "product.h"
-
-struct Strides {  // elements; the features of a row lie side by side
-  int64_t batch, head, row;
-};
-
-// What a call asks for: q [batch, heads, rows, features], k and v [batch, key_heads, keys, features], out like q. Each
-// head of k and v serves heads / key_heads heads of q, one after another. Causal: row i is given the keys up to i.
-struct Attention {
-  int64_t batch, heads, key_heads, rows, keys, features;
-  Strides q, k, v, out, mask;
-  int dtype;       // float32 or bfloat16
-  int mask_dtype;  // of what is added to scores [batch, heads, rows, keys], if there is a mask
-  int causal;
-  float scale;
-};
+#include "attention.h"
 
 namespace {
 
 constexpr int64_t WIDTH = 32;  // bfloat16 values in a line of a tile
-constexpr float LOG2_E = 1.44269504f;
 
 // Tiles for each one of bfloat16. A float32 value is the sum of two bfloat16 ones and of 2^-17 of it, which is left out:
 // (a + b)(c + d) = ac + ad + bc, and bd, which is left out. So the rows of one side have tiles of a, a, b in turn, and the
@@ -150,21 +134,6 @@ static inline void pack_values(const char* from, int64_t line, int64_t keys, int
   }
 }
 
-// 2^x for x <= 0, to 8e-5, relative, which bfloat16 does not show, or to 8e-8; 0 below 2^-126, since numbers that small take
-// a processor a hundred times as long. That of a NaN is one. What is added and taken off again rounds to an integer, which
-// is then in the lowest bits.
-template <int DTYPE>
-static inline __m512 power_of_two(__m512 x) {
-  const __m512 rounder = _mm512_set1_ps(12582912);  // 1.5 * 2^23
-  const __mmask16 large = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
-  const __m512 n = _mm512_add_ps(x, rounder), r = _mm512_sub_ps(x, _mm512_sub_ps(n, rounder));
-  constexpr float few[] = {0.05517166f, 0.24261112f, 0.69326099f, 0.99992807f};  // fitted, in Lawson's way
-  constexpr float many[] = {0.00132765f, 0.00967554f, 0.05550713f, 0.2402212f, 0.69314697f, 1.00000007f};
-  const __m512i power = _mm512_castps_si512(DTYPE == FLOAT32 ? polynomial(r, many) : polynomial(r, few));
-  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(large, power, _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
-}
-
-constexpr int NO_MASK = -1;
 constexpr int64_t ROWS = 8;  // a loop over keys for each row would end so often that its end is not foreseen
 
 // The scores of 8 rows, [strips][32 rows][32 keys] from `scores` on, become the weights of values, not yet divided by
@@ -382,16 +351,22 @@ extern "C" int64_t autoplan_attention_bytes(int64_t keys, int64_t features, int 
   return Room(keys, features, parts_of(dtype)).bytes();
 }
 
+// Whether so few rows, of so many heads that share keys, are attended where they lie: tiles would hold little else than zeros.
+extern "C" int autoplan_attends_rows(int64_t rows, int64_t sharing, int dtype) {
+  return rows == 1 || (dtype == FLOAT32 && rows <= 8 && rows * sharing <= 16);
+}
+
 // Returns what `done` does.
 extern "C" int autoplan_attention(const Attention* call, const void* q, const void* k, const void* v, const void* mask, void* out,
                                   int threads) {
+  if (autoplan_attends_rows(call->rows, call->heads / call->key_heads, call->dtype))
+    return attend_rows(*call, q, k, v, mask, out, threads);
+  int failed = 0;
   const auto run = [&](auto mask_dtype) {
     constexpr int MASK = decltype(mask_dtype)::value;
-    const auto attend_to = call->dtype == FLOAT32 ? attend<FLOAT32, MASK> : attend<BFLOAT16, MASK>;
-    return attend_to(*call, q, k, v, mask, out, threads);
+    failed = (call->dtype == FLOAT32 ? attend<FLOAT32, MASK> : attend<BFLOAT16, MASK>)(*call, q, k, v, mask, out, threads);
   };
-  if (!mask) return run(std::integral_constant<int, NO_MASK>());
-  int failed = 0;
-  as_constant(call->mask_dtype, [&](auto dtype) { failed = run(dtype); });
+  if (mask) as_constant(call->mask_dtype, run);
+  else run(std::integral_constant<int, NO_MASK>());
   return failed;
 }

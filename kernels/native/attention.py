@@ -12,8 +12,6 @@ from torch import Tensor
 from autoplan.kernels import native, ops
 from autoplan.kernels.native.build import library
 
-_ALONE = 128  # keys that a single row of bfloat16 is worth packing for
-_FLOAT_ROWS = 32  # of float32, that keys are worth packing for
 _Strides = ctypes.c_int64 * 3  # `struct Strides`
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -31,13 +29,21 @@ class _Attention(ctypes.Structure):
     )
 
 
-def pays(rows: int, keys: int, features: int, dtype: torch.dtype) -> bool:
-    """Whether it is faster than torch's: on AMX tiles, where what a thread works on stays in its second-level cache."""
-    if native.missing() or not library().autoplan_attends_in_tiles():
+def pays(rows: int, keys: int | None, features: int, sharing: int, dtype: torch.dtype) -> bool:
+    """Whether it is faster than torch's, for `rows` of each of the heads that share keys (`sharing` of them).
+
+    A few rows on any CPU that runs it; more on AMX tiles, where what a thread works on stays in its second-level cache,
+    and where packing float32 keys is shared by enough. `keys` is None where it may be any number.
+    """
+    if native.missing():
         return False
-    nbytes = library().autoplan_attention_bytes(keys, features, native.CODES[dtype])
-    enough = rows >= _FLOAT_ROWS if dtype == torch.float32 else rows > 1 or keys <= _ALONE
-    return enough and nbytes <= library().autoplan_cache_bytes()
+    if library().autoplan_attends_rows(rows, sharing, native.CODES[dtype]):
+        return rows <= 4 or (keys is not None and keys <= 64)
+    if keys is None or not library().autoplan_attends_in_tiles():
+        return False
+    enough = dtype != torch.float32 or rows * sharing >= (16 if keys <= 256 else 32)
+    nbytes: int = library().autoplan_attention_bytes(keys, features, native.CODES[dtype])
+    return enough and nbytes <= int(library().autoplan_cache_bytes())
 
 
 @functools.cache

@@ -22,7 +22,7 @@ import platformdirs
 
 from autoplan.errors import KernelError
 
-_SOURCES = ("dynamic.cpp", "weight_only.cpp", "quantize.cpp", "attention.cpp")
+_SOURCES = ("dynamic.cpp", "weight_only.cpp", "quantize.cpp", "attention.cpp", "attention_rows.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _KERNELS = ("autoplan_int8_dynamic", "autoplan_grouped_dynamic", "autoplan_int8_weight", "autoplan_int4_weight")
@@ -51,6 +51,7 @@ def library(*flags: str) -> ctypes.CDLL:
     quantize.argtypes, quantize.restype = _QUANTIZE_TAKES, None
     loaded.autoplan_cache_bytes.restype = _N
     loaded.autoplan_attention.argtypes = _ATTENTION_TAKES
+    loaded.autoplan_attends_rows.argtypes = (_N, _N, _I)
     loaded.autoplan_attention_bytes.argtypes, loaded.autoplan_attention_bytes.restype = (_N, _N, _I), _N
     if not loaded.autoplan_available():
         raise KernelError("the operating system does not grant the AMX tile registers")

@@ -60,6 +60,8 @@ def error(y: Tensor, exact: Tensor) -> float:
     return float((y.double() - exact).square().sum() / exact.square().sum())
 
 
+FEW = (4, 1)  # rows that are attended where they lie, in float32; and in bfloat16, too
+
 # batch, heads, heads of keys, rows, keys, features: blocks, strips and tiles that are full, and not
 SIZES = [
     (1, 1, 1, 1, 1, 8),
@@ -67,6 +69,9 @@ SIZES = [
     (1, 4, 2, 70, 200, 64),
     (3, 8, 8, 16, 33, 33),
     (2, 6, 1, 96, 96, 128),
+    (3, 8, 2, 1, 200, 80),
+    (2, 4, 1, 4, 66, 24),
+    (1, 3, 3, 8, 40, 144),
 ]
 
 
@@ -85,13 +90,15 @@ def test_it_is_close_to_float64(sizes: tuple[int, ...], causal: bool, dtype: tor
 
 @pytest.mark.usefixtures("compiled_for")
 @pytest.mark.parametrize("mask_dtype", [torch.float32, BF16, torch.float16])
-@pytest.mark.parametrize("shape", [(2, 1, 1, 45), (1, 1, 37, 45), (2, 3, 37, 45), (1, 3, 1, 45)])
-def test_a_mask_is_added(dtype: torch.dtype, mask_dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    q, k, v = heads(2, 3, 37, 32, dtype), heads(2, 3, 45, 32, dtype), heads(2, 3, 45, 32, dtype)
-    mask = torch.randn(shape).to(mask_dtype)
+@pytest.mark.parametrize("shape", [(2, 1, False), (1, 1, True), (2, 3, True), (1, 3, False)], ids=str)
+@pytest.mark.parametrize("rows", [37, *FEW])
+def test_a_mask_is_added(dtype: torch.dtype, mask_dtype: torch.dtype, shape: tuple[int, int, bool], rows: int) -> None:
+    q, k, v = heads(2, 3, rows, 32, dtype), heads(2, 3, 45, 32, dtype), heads(2, 3, 45, 32, dtype)
+    batch, count, by_row = shape
+    mask = torch.randn(batch, count, rows if by_row else 1, 45).to(mask_dtype)
     mask[..., 7:20] = -torch.inf
     assert error(attend(q, k, v, mask), exactly(q, k, v, mask)) < DTYPES[dtype]
-    mask_and_more = mask.double() + above_diagonal(37, 45)
+    mask_and_more = mask.double() + above_diagonal(rows, 45)
     assert error(attend(q, k, v, mask, True), exactly(q, k, v, mask_and_more)) < DTYPES[dtype]
 
 
@@ -100,66 +107,76 @@ def above_diagonal(rows: int, keys: int) -> Tensor:
 
 
 @pytest.mark.usefixtures("compiled_for")
-def test_values_that_a_mask_leaves_out_do_not_count(dtype: torch.dtype) -> None:
-    q, k, v = heads(1, 2, 40, 32, dtype), heads(1, 2, 64, 32, dtype), heads(1, 2, 64, 32, dtype)
-    mask = torch.zeros(1, 1, 40, 64)
+@pytest.mark.parametrize("rows", [40, *FEW])
+def test_values_that_a_mask_leaves_out_do_not_count(dtype: torch.dtype, rows: int) -> None:
+    q, k, v = heads(2, 2, rows, 32, dtype), heads(2, 2, 64, 32, dtype), heads(2, 2, 64, 32, dtype)
+    mask = torch.zeros(2, 1, rows, 64)
     mask[..., 50:] = -torch.inf
-    mask[:, :, 3] = -torch.inf  # nothing is left
+    mask[1, :, -1] = -torch.inf  # nothing is left
     v[:, :, 50:] = 3e38
     y = attend(q, k, v, mask)
-    assert (y[:, :, 3] == 0).all()
-    kept = [row for row in range(40) if row != 3]
-    assert error(y[:, :, kept], exactly(q[:, :, kept], k[:, :, :50], v[:, :, :50])) < DTYPES[dtype]
+    assert (y[1, :, -1] == 0).all()
+    assert error(y[0], exactly(q, k[:, :, :50], v[:, :, :50])[0]) < DTYPES[dtype]
 
 
 @pytest.mark.usefixtures("compiled_for")
 @pytest.mark.parametrize("mask_dtype", [torch.float32, BF16])
-def test_a_mask_of_the_least_numbers(dtype: torch.dtype, mask_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [40, *FEW])
+def test_a_mask_of_the_least_numbers(dtype: torch.dtype, mask_dtype: torch.dtype, rows: int) -> None:
     """As many models have it, so that rows that see nothing stay numbers: those get the mean of all values."""
-    q, k, v = heads(1, 2, 40, 32, dtype), heads(1, 2, 64, 32, dtype), heads(1, 2, 64, 32, dtype)
-    mask = torch.zeros(1, 1, 40, 64, dtype=mask_dtype)
+    q, k, v = heads(2, 2, rows, 32, dtype), heads(2, 2, 64, 32, dtype), heads(2, 2, 64, 32, dtype)
+    mask = torch.zeros(2, 1, rows, 64, dtype=mask_dtype)
     mask[..., 50:] = torch.finfo(mask_dtype).min
-    mask[:, :, 3] = torch.finfo(mask_dtype).min
+    mask[1, :, -1] = torch.finfo(mask_dtype).min
     y = attend(q, k, v, mask)
-    assert error(y[:, :, 3], v.double().mean(dim=2)) < DTYPES[dtype]
-    kept = [row for row in range(40) if row != 3]
-    assert error(y[:, :, kept], exactly(q[:, :, kept], k[:, :, :50], v[:, :, :50])) < DTYPES[dtype]
+    assert error(y[1, :, -1], v[1].double().mean(dim=1)) < DTYPES[dtype]
+    assert error(y[0], exactly(q, k[:, :, :50], v[:, :, :50])[0]) < DTYPES[dtype]
 
 
 @pytest.mark.usefixtures("compiled_for")
 @pytest.mark.parametrize("masked", [False, True])
-def test_scores_of_any_size(masked: bool, dtype: torch.dtype) -> None:
-    q, k, v = heads(1, 2, 40, 32, dtype), heads(1, 2, 70, 32, dtype), heads(1, 2, 70, 32, dtype)
+@pytest.mark.parametrize("rows", [40, *FEW])
+def test_scores_of_any_size(masked: bool, dtype: torch.dtype, rows: int) -> None:
+    q, k, v = heads(1, 2, rows, 32, dtype), heads(1, 2, 70, 32, dtype), heads(1, 2, 70, 32, dtype)
     mask = torch.zeros(1, 1, 1, 70) if masked else None
     # One key's weight is about 1; scores of some 1,700 are then off by some hundredths, and with them the others'
     assert error(attend(300 * q, k, v, mask), exactly(300 * q, k, v)) < 1e-5
     assert error(attend(0 * q, k, v, mask), exactly(0 * q, k, v)) < DTYPES[dtype]  # all are equal
-    q[0, 1, 5, 3] = torch.nan
+    q[0, 1, -1, 3] = torch.nan
     y = attend(q, k, v, mask)
-    assert y[0, 1, 5].isnan().all()
+    assert y[0, 1, -1].isnan().all()
     assert y.isnan().sum() == 32
 
 
 @pytest.mark.usefixtures("compiled_for")
-def test_strides(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [50, *FEW])
+def test_strides(dtype: torch.dtype, rows: int) -> None:
     q, k, v = torch.randn(3, 2, 50, 2, 40, dtype=dtype).unbind(0)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2).contiguous(), v.transpose(1, 2)[..., ::2].repeat(1, 1, 1, 2)
-    mask = torch.randn(1, 50, 2, 50).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q[:, :rows], k, v))
+    k, v = k.contiguous(), v[..., ::2].repeat(1, 1, 1, 2)
+    mask = torch.randn(1, rows, 2, 50).transpose(1, 2)
     assert error(attend(q, k, v, mask), exactly(q, k, v, mask)) < DTYPES[dtype]
     assert error(attend(q.mT.contiguous().mT, k, v), exactly(q, k, v)) < DTYPES[dtype]
     assert attend(q[:, :, :0], k, v).shape == (2, 2, 0, 40)
 
 
 def test_where_it_pays() -> None:
-    if not build.library().autoplan_attends_in_tiles():
-        assert not attention.pays(64, 64, 64, BF16)
-        return
     for dtype in DTYPES:
-        assert attention.pays(64, 64, 32, dtype)
-        assert not attention.pays(64, 1_000_000, 64, dtype)
-        assert not attention.pays(1, 1024, 64, dtype)
-    assert attention.pays(1, 128, 64, BF16)
-    assert not attention.pays(16, 128, 64, torch.float32)
+        assert attention.pays(1, 128, 64, 1, dtype)
+        assert attention.pays(1, 1_000_000, 64, 8, dtype)
+        assert attention.pays(1, None, 64, 1, dtype)
+    assert attention.pays(4, None, 64, 1, torch.float32)
+    assert attention.pays(8, 64, 64, 1, torch.float32)
+    assert not attention.pays(8, None, 64, 1, torch.float32)
+    tiles = bool(build.library().autoplan_attends_in_tiles())
+    for dtype in DTYPES:
+        assert attention.pays(64, 64, 32, 1, dtype) == tiles
+        assert not attention.pays(64, 1_000_000, 64, 1, dtype)
+        assert not attention.pays(64, None, 64, 1, dtype)
+    assert attention.pays(2, 128, 64, 1, BF16) == tiles
+    assert attention.pays(16, 128, 64, 1, torch.float32) == tiles
+    assert not attention.pays(16, 512, 64, 1, torch.float32)
+    assert attention.pays(16, 512, 64, 2, torch.float32) == tiles
 
 
 class Attending(nn.Module):
@@ -236,6 +253,25 @@ def test_with_a_mask(calls: list[tuple[bool, float]], dynamic: bool) -> None:
         assert error(y, model(x, mask).double()) < 1e-3
 
 
+def test_one_row_and_keys_of_any_number(calls: list[tuple[bool, float]]) -> None:
+    """As when a language model writes: a compiled graph serves all lengths of its cache."""
+
+    class Writing(Attending):
+        def forward(self, x: Tensor, keys: Tensor) -> Tensor:  # type: ignore[override]
+            q = self.into(x).unflatten(2, (6, 32)).transpose(1, 2)[:, :2]
+            y: Tensor = self.out_of(self.attends(q, keys, 2 * keys, None).transpose(1, 2).flatten(2))
+            return y
+
+    model = Writing(plainly)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
+        for length in (30, 31, 600):
+            x, keys = torch.randn(3, 1, 64, dtype=BF16), heads(3, 2, length, 32)
+            torch._dynamo.mark_dynamic(keys, 2)
+            assert error(compiled(x, keys), model(x, keys).double()) < 1e-3
+    assert len(calls) == 3
+
+
 def test_in_autocast(calls: list[tuple[bool, float]]) -> None:
     model, x = Attending(plainly, torch.float32), torch.randn(2, 21, 64)
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False), torch.autocast("cpu", BF16):
@@ -244,14 +280,14 @@ def test_in_autocast(calls: list[tuple[bool, float]]) -> None:
         assert error(y, model(x).double()) < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["float16", "gradients", "it does not pay", "keys of any number"])
+@pytest.mark.parametrize("kind", ["float16", "gradients", "it does not pay", "rows and keys of any number"])
 def test_others_are_left_to_torch(calls: list[tuple[bool, float]], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Attending(plainly), torch.randn(2, 21, 64, dtype=BF16)
     if kind == "float16":
         model, x = Attending(plainly, torch.float16), x.half()
     if kind == "it does not pay":
         monkeypatch.setattr(attention, "pays", lambda *_: False)
-    if kind == "keys of any number":
+    if kind == "rows and keys of any number":
         torch._dynamo.mark_dynamic(x, 1)
     x.requires_grad_(kind == "gradients")
     with torch.set_grad_enabled(kind == "gradients"), torch._inductor.config.patch(fx_graph_cache=False):

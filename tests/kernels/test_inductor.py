@@ -20,7 +20,7 @@ from torch._inductor.codecache import PyCodeCache
 
 from autoplan.candidates import find_candidate
 from autoplan.errors import KernelError
-from autoplan.kernels import find_kernel, native, ops, packing
+from autoplan.kernels import find_kernel, inductor, native, ops, packing
 from autoplan.layers import PlannedLinear
 from autoplan.siblings import join
 
@@ -833,6 +833,22 @@ def test_a_graph_calls_kernels_and_not_the_op(candidate: str, program: str, call
         assert f"autoplan_inductor.{call}" in code
         assert "ops.autoplan.linear.default(" not in code
         torch.testing.assert_close(model(x), torch.tanh(layer(torch.tanh(x))), atol=1e-2, rtol=0)
+
+
+def test_cached_graphs_of_another_version_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
+
+    with fresh_cache(), torch.no_grad():
+        for version, taken in (("one", False), ("one", True), ("another", False)):
+            monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "the user's")
+            monkeypatch.setattr(inductor, "source_digest", lambda *_, version=version: version)
+            inductor._tag_cached_graphs.cache_clear()
+            torch.compiler.reset()
+            counters.clear()
+            torch.compile(planned(64, 32, "1:tiled_int8"))(torch.randn(3, 32))
+            assert torch.compiler.config.cache_key_tag == f"the user's autoplan {version}"
+            assert bool(counters["inductor"]["fxgraph_cache_hit"]) == taken
 
 
 def test_any_number_of_rows_runs_in_one_graph() -> None:
