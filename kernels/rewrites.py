@@ -456,6 +456,9 @@ def attend(graph: fx.Graph) -> None:
         mask, scale = cast("Any", node.kwargs.get("attn_mask")), node.kwargs.get("scale")
         while mask is not None and mask.target is torch.ops.aten.expand.default and mask.args[0].meta["val"].dim() == 4:
             mask = mask.args[0]
+        shared = _unrepeated(k), _unrepeated(v)
+        if all(own is not repeated for own, repeated in zip(shared, (k, v), strict=True)):
+            k, v = shared
         queries, keys = q.meta["val"], k.meta["val"]
         (_, heads, rows, features), (_, key_heads, count, _) = queries.shape, keys.shape
         if dropout or not all(isinstance(size, int) for size in (heads, rows, features, key_heads)):
@@ -476,6 +479,22 @@ def attend(graph: fx.Graph) -> None:
             use.replace_all_uses_with(own)
             graph.erase_node(use)
         graph.erase_node(node)
+
+
+def _unrepeated(repeated: fx.Node) -> fx.Node:
+    """Keys or values whose heads were not yet copied for as many heads of queries; these, if they were not copied."""
+    aten, expanded = torch.ops.aten, repeated
+    while expanded.target in (aten.view.default, aten.reshape.default, aten.clone.default):  # all keep the order
+        expanded = cast("fx.Node", expanded.args[0])
+    if expanded.target is not aten.expand.default:
+        return repeated
+    unsqueezed = cast("fx.Node", expanded.args[0])
+    if unsqueezed.target is not aten.unsqueeze.default or unsqueezed.args[1] != 2 or expanded.meta["val"].dim() != 5:
+        return repeated
+    heads = cast("fx.Node", unsqueezed.args[0])
+    batch, count, times, *sizes = expanded.meta["val"].shape
+    copied = (tuple(node.meta["val"].shape) for node in (heads, repeated))
+    return heads if tuple(copied) == ((batch, count, *sizes), (batch, count * times, *sizes)) else repeated
 
 
 def _is_mask(mask: Tensor, queries: Tensor, keys: Tensor) -> bool:

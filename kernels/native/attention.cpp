@@ -323,18 +323,6 @@ class Attending {
   Block blocks_[3];
 };
 
-template <int DTYPE, int MASK>
-int attend(const Attention& call, const void* q, const void* k, const void* v, const void* mask, void* out, int threads) {
-  const int64_t blocks = ceil_div(call.rows, BLOCK_ROWS) * call.heads * call.batch;
-  int failed = 0;
-#pragma omp parallel num_threads(team_for(call.batch * call.heads * call.rows, call.keys, call.features, threads)) reduction(| : failed)
-  {
-    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-    failed = done([&] { Attending<DTYPE, MASK>(call, q, k, v, mask, out).run(blocks * thread / team, blocks * (thread + 1) / team); });
-  }
-  return failed;
-}
-
 }  // namespace
 
 // Whether it runs on AMX tiles.
@@ -356,17 +344,21 @@ extern "C" int autoplan_attends_rows(int64_t rows, int64_t sharing, int dtype) {
   return rows == 1 || (dtype == FLOAT32 && rows <= 8 && rows * sharing <= 16);
 }
 
+// Of no keys: as of keys that the mask leaves nothing of.
+static void write_zeros(const Attention& call, char* out) {
+  const int64_t bytes = bytes_of(call.dtype);
+  for (int64_t i = 0; i < call.batch * call.heads * call.rows; i++) {
+    const int64_t row = i % call.rows, head = i / call.rows % call.heads, batch = i / call.rows / call.heads;
+    memset(out + (batch * call.out.batch + head * call.out.head + row * call.out.row) * bytes, 0, call.features * bytes);
+  }
+}
+
 // Returns what `done` does.
 extern "C" int autoplan_attention(const Attention* call, const void* q, const void* k, const void* v, const void* mask, void* out,
                                   int threads) {
+  if (!call->keys) return write_zeros(*call, (char*)out), 0;
   if (autoplan_attends_rows(call->rows, call->heads / call->key_heads, call->dtype))
     return attend_rows(*call, q, k, v, mask, out, threads);
-  int failed = 0;
-  const auto run = [&](auto mask_dtype) {
-    constexpr int MASK = decltype(mask_dtype)::value;
-    failed = (call->dtype == FLOAT32 ? attend<FLOAT32, MASK> : attend<BFLOAT16, MASK>)(*call, q, k, v, mask, out, threads);
-  };
-  if (mask) as_constant(call->mask_dtype, run);
-  else run(std::integral_constant<int, NO_MASK>());
-  return failed;
+  const int64_t blocks = ceil_div(call->rows, BLOCK_ROWS) * call->heads * call->batch;
+  return attend<Attending>(*call, blocks, q, k, v, mask, out, threads);
 }

@@ -34,5 +34,30 @@ static inline __m512 power_of_two(__m512 x) {
   return _mm512_castsi512_ps(_mm512_maskz_add_epi32(large, power, _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
 }
 
+// `units` shared out among threads: each has an `Attending`, by the dtypes of the call and of its mask, run its own. Returns
+// what `done` does.
+template <template <int, int> class Attending>
+static inline int attend(const Attention& call, int64_t units, const void* q, const void* k, const void* v, const void* mask,
+                         void* out, int threads) {
+  int failed = 0;
+  const auto run = [&](auto dtype, auto mask_dtype) {
+#pragma omp parallel num_threads(team_for(call.batch * call.heads * call.rows, call.keys, call.features, threads)) reduction(| : failed)
+    {
+      const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+      failed = done([&] {
+        Attending<decltype(dtype)::value, decltype(mask_dtype)::value> own(call, q, k, v, mask, out);
+        own.run(units * thread / team, units * (thread + 1) / team);
+      });
+    }
+  };
+  const auto masked = [&](auto mask_dtype) {
+    if (call.dtype == FLOAT32) run(std::integral_constant<int, FLOAT32>(), mask_dtype);
+    else run(std::integral_constant<int, BFLOAT16>(), mask_dtype);
+  };
+  if (mask) as_constant(call.mask_dtype, masked);
+  else masked(std::integral_constant<int, NO_MASK>());
+  return failed;
+}
+
 // For few rows: where they lie, and not in tiles. Returns what `done` does.
 int attend_rows(const Attention& call, const void* q, const void* k, const void* v, const void* mask, void* out, int threads);

@@ -5,7 +5,6 @@
 namespace {
 
 constexpr int64_t AT_ONCE = 64;  // keys whose values stay in the first-level cache while all queries take them
-constexpr int64_t CHUNKS = 4;    // vectors of features whose sums stay in registers
 
 // Lane i of what it returns is the sum of the lanes of a[i].
 static inline __m512 sums_of(__m512 (&a)[16]) {
@@ -36,13 +35,7 @@ class AttendingRows {
       batch_ = head / call_.heads, head_ = head % call_.heads, count_ = (next - head) * call_.rows;
       multiply_keys();
       for (int64_t i = 0; i < count_; i++) softmax(i);
-      for (int64_t f = 0; f < width_; f += 16 * CHUNKS) {
-        const auto chunks = (width_ - f) / 16;
-        if (chunks == 1) multiply_values<1>(f);
-        else if (chunks == 2) multiply_values<2>(f);
-        else if (chunks == 3) multiply_values<3>(f);
-        else multiply_values<4>(f);
-      }
+      multiply_values();
       for (int64_t i = 0; i < count_; i++)
         for (int64_t f = 0; f < call_.features; f += 16)
           store<DTYPE>(at(out_, call_.out, i), f, lanes(call_.features - f), _mm512_load_ps(sums_ + i * width_ + f));
@@ -68,19 +61,32 @@ class AttendingRows {
       for (int64_t f = 0; f < width_; f += 16)
         _mm512_store_ps(queries_ + i * width_ + f, load<DTYPE>(at(q_, call_.q, i), f, lanes(call_.features - f)));
     const char* const k = of_key_head(k_, call_.k);
-    for (int64_t key = 0; key < call_.keys; key += 16) {
-      const char* of[16];
-      for (int64_t j = 0; j < 16; j++) of[j] = k + std::min(key + j, call_.keys - 1) * call_.k.row * BYTES;
-      for (int64_t i = 0; i < count_; i++) {
-        __m512 sums[16] = {};
-        for (int64_t f = 0; f < width_; f += 16) {
-          const __m512 query = _mm512_load_ps(queries_ + i * width_ + f);
-          const __mmask16 mask = lanes(call_.features - f);
+    for (int64_t key = 0; key < call_.keys; key += 16)
+      in_blocks([&](auto block, int64_t i) { multiply_keys<decltype(block)::value>(k, key, i); });
+  }
+
+  // 16 keys, from `key` on, with `BLOCK` queries, from the `i`-th on.
+  template <int64_t BLOCK>
+  void multiply_keys(const char* k, int64_t key, int64_t i) {
+    constexpr int64_t KEYS = 16 / BLOCK;
+    const int64_t line = call_.k.row * BYTES, last = call_.keys - 1;
+    for (int64_t own = key; own < key + 16; own += KEYS) {
+      __m512 sums[16] = {};  // of each query with each key: those of one query side by side
+      for (int64_t f = 0; f < width_; f += 16) {
+        const __mmask16 mask = lanes(call_.features - f);
+        __m512 query[BLOCK];
+#pragma GCC unroll 4
+        for (int64_t b = 0; b < BLOCK; b++) query[b] = _mm512_load_ps(queries_ + (i + b) * width_ + f);
 #pragma GCC unroll 16
-          for (int64_t j = 0; j < 16; j++) sums[j] = _mm512_fmadd_ps(query, load<DTYPE>(of[j], f, mask), sums[j]);
+        for (int64_t j = 0; j < KEYS; j++) {
+          const __m512 values = load<DTYPE>(k + std::min(own + j, last) * line, f, mask);
+#pragma GCC unroll 4
+          for (int64_t b = 0; b < BLOCK; b++) sums[b * KEYS + j] = _mm512_fmadd_ps(query[b], values, sums[b * KEYS + j]);
         }
-        _mm512_store_ps(scores_ + i * length_ + key, sums_of(sums));
       }
+      alignas(64) float found[16];
+      _mm512_store_ps(found, sums_of(sums));
+      for (int64_t b = 0; b < BLOCK; b++) memcpy(scores_ + (i + b) * length_ + own, found + b * KEYS, KEYS * 4);
     }
   }
 
@@ -114,63 +120,72 @@ class AttendingRows {
       _mm512_store_ps(scores + key, _mm512_mul_ps(_mm512_load_ps(scores + key), share));
   }
 
-  // Of `COUNT` vectors of features, from `f` on.
-  template <int64_t COUNT>
-  void multiply_values(int64_t f) {
+  void multiply_values() {
     const char* const v = of_key_head(v_, call_.v);
-    const __mmask16 last = lanes(call_.features - f - 16 * (COUNT - 1));
     for (int64_t key = 0; key < call_.keys; key += AT_ONCE) {
-      const int64_t end = std::min(key + AT_ONCE, call_.keys);
-      for (int64_t i = 0; i < count_; i++) {
-        float* const own = sums_ + i * width_ + f;
-        __m512 even[COUNT] = {}, odd[COUNT] = {};  // two sums: one would wait for itself
-        const auto add = [&](int64_t from, __m512(&sums)[COUNT]) {
-          const __m512 weight = _mm512_set1_ps(scores_[i * length_ + from]);
-          const char* const values = v + from * call_.v.row * BYTES;
-#pragma GCC unroll 4
-          for (int64_t c = 0; c < COUNT; c++)
-            sums[c] = _mm512_fmadd_ps(weight, load<DTYPE>(values, f + 16 * c, c + 1 < COUNT ? 0xffff : last), sums[c]);
-        };
-        int64_t j = key;
-        for (; j + 1 < end; j += 2) add(j, even), add(j + 1, odd);
-        if (j < end) add(j, even);
-        for (int64_t c = 0; c < COUNT; c++) {
-          const __m512 sum = _mm512_add_ps(even[c], odd[c]);
-          _mm512_store_ps(own + 16 * c, key ? _mm512_add_ps(_mm512_load_ps(own + 16 * c), sum) : sum);
-        }
-      }
+      in_blocks([&](auto block, int64_t i) {
+        constexpr int64_t BLOCK = decltype(block)::value;
+        int64_t f = 0;
+        for (; f + 64 <= width_; f += 64) multiply_values<BLOCK, 4>(v, key, i, f);
+        for (; f < width_; f += 16) multiply_values<BLOCK, 1>(v, key, i, f);
+      });
     }
+  }
+
+  // `COUNT` vectors of features, from `f` on, with `BLOCK` queries, from the `i`-th on, at AT_ONCE keys.
+  template <int64_t BLOCK, int64_t COUNT>
+  void multiply_values(const char* v, int64_t key, int64_t i, int64_t f) {
+    const int64_t end = std::min(key + AT_ONCE, call_.keys), line = call_.v.row * BYTES;
+    const __mmask16 last = lanes(call_.features - f - 16 * (COUNT - 1));
+    constexpr int64_t TURNS = BLOCK * COUNT < 8 ? 8 / (BLOCK * COUNT) : 1;  // so many sums each: one would wait for itself
+    __m512 sums[TURNS][BLOCK][COUNT] = {};
+    const auto add = [&](int64_t own, __m512(&to)[BLOCK][COUNT]) {
+      __m512 values[COUNT];
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < COUNT; c++) values[c] = load<DTYPE>(v + own * line, f + 16 * c, c + 1 < COUNT ? 0xffff : last);
+#pragma GCC unroll 4
+      for (int64_t b = 0; b < BLOCK; b++) {
+        const __m512 weight = _mm512_set1_ps(scores_[(i + b) * length_ + own]);
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < COUNT; c++) to[b][c] = _mm512_fmadd_ps(weight, values[c], to[b][c]);
+      }
+    };
+    int64_t own = key;
+    for (; own + TURNS <= end; own += TURNS)
+#pragma GCC unroll 8
+      for (int64_t t = 0; t < TURNS; t++) add(own + t, sums[t]);
+    for (; own < end; own++) add(own, sums[0]);
+#pragma GCC unroll 4
+    for (int64_t b = 0; b < BLOCK; b++)
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < COUNT; c++) {
+        float* const to = sums_ + (i + b) * width_ + f + 16 * c;
+        __m512 sum = key ? _mm512_load_ps(to) : _mm512_setzero_ps();
+#pragma GCC unroll 8
+        for (int64_t t = 0; t < TURNS; t++) sum = _mm512_add_ps(sum, sums[t][b][c]);
+        _mm512_store_ps(to, sum);
+      }
+  }
+
+  // `work` of all queries, four at a time: what is loaded of keys and values serves them all.
+  template <class Work>
+  void in_blocks(const Work& work) const {
+    int64_t i = 0;
+    for (; i + 4 <= count_; i += 4) work(std::integral_constant<int64_t, 4>(), i);
+    if (i + 2 <= count_) work(std::integral_constant<int64_t, 2>(), i), i += 2;
+    if (i < count_) work(std::integral_constant<int64_t, 1>(), i);
   }
 
   const Attention& call_;
   const char *const q_, *const k_, *const v_, *const mask_;
   char* const out_;
-  const int64_t group_, width_, length_;   // heads that share keys; features and keys, to whole vectors
+  const int64_t group_, width_, length_;       // heads that share keys; features and keys, to whole vectors
   int64_t batch_ = 0, head_ = 0, count_ = 0;  // of the queries at work: where they begin, how many there are
   float *queries_, *sums_, *scores_;
 };
 
-template <int DTYPE, int MASK>
-int attend(const Attention& call, const void* q, const void* k, const void* v, const void* mask, void* out, int threads) {
-  const int64_t heads = call.batch * call.heads;
-  int failed = 0;
-#pragma omp parallel num_threads(team_for(heads * call.rows, call.keys, call.features, threads)) reduction(| : failed)
-  {
-    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-    failed = done([&] { AttendingRows<DTYPE, MASK>(call, q, k, v, mask, out).run(heads * thread / team, heads * (thread + 1) / team); });
-  }
-  return failed;
-}
-
 }  // namespace
 
 int attend_rows(const Attention& call, const void* q, const void* k, const void* v, const void* mask, void* out, int threads) {
-  int failed = 0;
-  const auto run = [&](auto mask_dtype) {
-    constexpr int MASK = decltype(mask_dtype)::value;
-    failed = (call.dtype == FLOAT32 ? attend<FLOAT32, MASK> : attend<BFLOAT16, MASK>)(call, q, k, v, mask, out, threads);
-  };
-  if (mask) as_constant(call.mask_dtype, run);
-  else run(std::integral_constant<int, NO_MASK>());
-  return failed;
+  return attend<AttendingRows>(call, call.batch * call.heads, q, k, v, mask, out, threads);
 }

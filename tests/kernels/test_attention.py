@@ -149,6 +149,13 @@ def test_scores_of_any_size(masked: bool, dtype: torch.dtype, rows: int) -> None
 
 
 @pytest.mark.usefixtures("compiled_for")
+@pytest.mark.parametrize("rows", [40, *FEW])
+def test_no_keys_give_zeros(dtype: torch.dtype, rows: int) -> None:
+    none = heads(2, 3, 0, 32, dtype)
+    assert (attend(heads(2, 3, rows, 32, dtype), none, none) == 0).all()
+
+
+@pytest.mark.usefixtures("compiled_for")
 @pytest.mark.parametrize("rows", [50, *FEW])
 def test_strides(dtype: torch.dtype, rows: int) -> None:
     q, k, v = torch.randn(3, 2, 50, 2, 40, dtype=dtype).unbind(0)
@@ -270,6 +277,45 @@ def test_one_row_and_keys_of_any_number(calls: list[tuple[bool, float]]) -> None
             torch._dynamo.mark_dynamic(keys, 2)
             assert error(compiled(x, keys), model(x, keys).double()) < 1e-3
     assert len(calls) == 3
+
+
+def repeated(heads: Tensor, times: int) -> Tensor:
+    """As models have it that were written before `enable_gqa`."""
+    batch, count, *sizes = heads.shape
+    return heads[:, :, None].expand(batch, count, times, *sizes).reshape(batch, count * times, *sizes)
+
+
+@pytest.mark.parametrize(
+    ("attends", "key_heads"),
+    [
+        (lambda q, k, v, mask: plainly(q, repeated(k[:, :1], 2), repeated(v[:, :1], 2), mask), 1),
+        (lambda q, k, v, mask: plainly(q, repeated(k[:, :1], 2), v, mask), 2),  # not both
+        (lambda q, k, v, mask: plainly(q, k[:, :1].repeat(1, 2, 1, 1), v[:, :1].repeat(1, 2, 1, 1), mask), 2),
+    ],
+)
+def test_heads_that_were_copied_for_others_are_read_once(
+    calls: list[tuple[bool, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    attends: Callable[..., Tensor],
+    key_heads: int,
+) -> None:
+    found: list[int] = []
+    writer = attention.writer
+
+    def watched(causal: bool, scale: float) -> Callable[..., None]:
+        def write(q: Tensor, k: Tensor, *others: Tensor, out: Tensor) -> None:
+            found.append(k.shape[1])
+            writer(causal, scale)(q, k, *others, out=out)
+
+        return write
+
+    monkeypatch.setattr(attention, "writer", watched)
+    model, x = Attending(attends), torch.randn(2, 21, 64, dtype=BF16)
+    with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
+        y = torch.compile(model, fullgraph=True)(x)
+        assert error(y, model(x).double()) < 1e-3
+    assert found == [key_heads]
+    assert len(calls) == 1
 
 
 def test_in_autocast(calls: list[tuple[bool, float]]) -> None:
