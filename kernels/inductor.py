@@ -24,8 +24,6 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 
-from autoplan.cache.fingerprint import source_digest
-from autoplan.errors import CacheError
 from autoplan.kernels import ops
 from autoplan.kernels.native import attention as native_attention
 from autoplan.kernels.rewrites import ATTENTION, LINEAR, PAIR, attend, rewrite
@@ -56,8 +54,14 @@ def _tell_inductor() -> None:
 @functools.cache
 def _tag_cached_graphs() -> None:
     """Graphs that are kept from one process to the next call our functions: another version's are none of ours."""
-    with contextlib.suppress(AttributeError, CacheError):  # a torch without such tags; no source to be told apart by
-        torch.compiler.config.cache_key_tag += f" autoplan {source_digest(Path(__file__).parent)}"
+    with contextlib.suppress(AttributeError):  # a torch without such tags
+        torch.compiler.config.cache_key_tag += f" autoplan {_digest()}"
+
+
+def _digest() -> str:
+    """Of the source of all kernels."""
+    sources = sorted(file for file in Path(__file__).parent.rglob("*") if file.suffix in (".py", ".cpp", ".h"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
 
 
 ops.tracing_watchers.append(_install)

@@ -456,9 +456,9 @@ def attend(graph: fx.Graph) -> None:
         mask, scale = cast("Any", node.kwargs.get("attn_mask")), node.kwargs.get("scale")
         while mask is not None and mask.target is torch.ops.aten.expand.default and mask.args[0].meta["val"].dim() == 4:
             mask = mask.args[0]
-        shared = _unrepeated(k), _unrepeated(v)
-        if all(own is not repeated for own, repeated in zip(shared, (k, v), strict=True)):
-            k, v = shared
+        own_k, own_v = _unrepeated(k), _unrepeated(v)
+        if own_k.meta["val"].shape[1] == own_v.meta["val"].shape[1]:
+            k, v = own_k, own_v
         queries, keys = q.meta["val"], k.meta["val"]
         (_, heads, rows, features), (_, key_heads, count, _) = queries.shape, keys.shape
         if dropout or not all(isinstance(size, int) for size in (heads, rows, features, key_heads)):

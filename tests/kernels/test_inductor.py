@@ -841,13 +841,13 @@ def test_cached_graphs_of_another_version_are_not_taken(monkeypatch: pytest.Monk
 
     with fresh_cache(), torch.no_grad():
         for version, taken in (("one", False), ("one", True), ("another", False)):
-            monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "the user's")
-            monkeypatch.setattr(inductor, "source_digest", lambda *_, version=version: version)
+            monkeypatch.setattr(inductor, "_digest", lambda version=version: version)
             inductor._tag_cached_graphs.cache_clear()
             torch.compiler.reset()
             counters.clear()
-            torch.compile(planned(64, 32, "1:tiled_int8"))(torch.randn(3, 32))
-            assert torch.compiler.config.cache_key_tag == f"the user's autoplan {version}"
+            with torch.compiler.config.patch(cache_key_tag="the user's"):
+                torch.compile(planned(64, 32, "1:tiled_int8"))(torch.randn(3, 32))
+                assert torch.compiler.config.cache_key_tag == f"the user's autoplan {version}"
             assert bool(counters["inductor"]["fxgraph_cache_hit"]) == taken
 
 
