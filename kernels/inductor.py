@@ -51,13 +51,15 @@ def _tell_inductor() -> None:
             _logger.info("%s: %s: %s", otherwise, type(error).__name__, error)
 
 
-@functools.cache
 def _tag_cached_graphs() -> None:
     """Graphs that are kept from one process to the next call our functions: another version's are none of ours."""
+    tag = f" autoplan {_digest()}"
     with contextlib.suppress(AttributeError):  # a torch without such tags
-        torch.compiler.config.cache_key_tag += f" autoplan {_digest()}"
+        if tag not in torch.compiler.config.cache_key_tag:  # the user may have set it since
+            torch.compiler.config.cache_key_tag += tag
 
 
+@functools.cache
 def _digest() -> str:
     """Of the source of all kernels."""
     sources = sorted(file for file in Path(__file__).parent.rglob("*") if file.suffix in (".py", ".cpp", ".h"))

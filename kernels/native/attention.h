@@ -21,11 +21,10 @@ constexpr int NO_MASK = -1;
 constexpr float LOG2_E = 1.44269504f;
 
 // 2^x for x <= 0, to 8e-5, relative, which bfloat16 does not show, or to 8e-8; 0 below 2^-126, since numbers that small take
-// a processor a hundred times as long. That of a NaN is one. What is added and taken off again rounds to an integer, which
-// is then in the lowest bits.
+// a processor a hundred times as long. That of a NaN is one.
 template <int DTYPE>
 static inline __m512 power_of_two(__m512 x) {
-  const __m512 rounder = _mm512_set1_ps(12582912);  // 1.5 * 2^23
+  const __m512 rounder = _mm512_set1_ps(ROUNDER);
   const __mmask16 large = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
   const __m512 n = _mm512_add_ps(x, rounder), r = _mm512_sub_ps(x, _mm512_sub_ps(n, rounder));
   constexpr float few[] = {0.05517166f, 0.24261112f, 0.69326099f, 0.99992807f};  // fitted, in Lawson's way

@@ -7,7 +7,6 @@
 namespace {
 
 constexpr float TINY = 1e-30f;
-constexpr float ROUNDER = 3 << 22;  // added to a small float, it leaves no fraction
 
 struct Group {
   float scale, zero, largest;  // code

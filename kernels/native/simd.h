@@ -64,7 +64,7 @@ static inline __m256i narrow_bf16(__m512 value) {
 #endif
 }
 
-static inline float rounded_bf16(float value) { return _mm512_cvtss_f32(widen_bf16(narrow_bf16(_mm512_set1_ps(value)))); }
+constexpr float ROUNDER = 3 << 22;  // a small float plus this has the nearest integer in its lowest bits
 
 template <int DTYPE>
 static inline __m256i narrow(__m512 value) {

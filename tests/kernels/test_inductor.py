@@ -842,7 +842,6 @@ def test_cached_graphs_of_another_version_are_not_taken(monkeypatch: pytest.Monk
     with fresh_cache(), torch.no_grad():
         for version, taken in (("one", False), ("one", True), ("another", False)):
             monkeypatch.setattr(inductor, "_digest", lambda version=version: version)
-            inductor._tag_cached_graphs.cache_clear()
             torch.compiler.reset()
             counters.clear()
             with torch.compiler.config.patch(cache_key_tag="the user's"):
