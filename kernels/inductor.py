@@ -117,14 +117,15 @@ def _call_directly() -> None:
     def contiguous(x: Any) -> Any:
         return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
 
+    def constants(numbers: Sequence[Any]) -> tuple[int | None, ...]:
+        return tuple(int(number) if isinstance(number, int) or number.is_Integer else None for number in numbers)
+
     def memory(x: Any) -> tuple[Any, int | None]:
         """Where x [rows, in_features] is, contiguous, and how many rows it has, if that is known.
 
         Then it is not looked at as rows: making a view takes half a microsecond.
         """
-        size = x.get_size()[0]
-        rows = int(size) if isinstance(size, int) or size.is_Integer else None
-        view = x.data
+        (rows,), view = constants(x.get_size()[:1]), x.data
         if rows is None or not isinstance(view, ir.ReinterpretView) or view.get_layout().offset != 0:
             return x, rows
         return ir.TensorBox(view.data), rows
@@ -190,8 +191,11 @@ def _call_directly() -> None:
         batch, heads, rows, features = q.get_size()
         strides = [rows * heads * features, features, heads * features, 1]
         layout = ir.FixedLayout(q.get_device(), q.get_dtype(), [batch, heads, rows, features], strides)
-        masks = [] if mask is None else [mask]
-        return into(layout, list(map(side_by_side, (q, k, v, *masks))), "attention_writer", causal, scale)
+        given = list(map(side_by_side, (q, k, v, *([] if mask is None else [mask]))))
+        layouts = [*(ir.as_storage_and_layout(x)[1] for x in given), layout]
+        known = [(constants(own.size), constants(own.stride), str(own.dtype)) for own in layouts]
+        is_dynamic = any(None in (*sizes, *strides) for sizes, strides, _ in known)
+        return into(layout, given, "attention_writer", causal, scale, *([] if is_dynamic else known))
 
     def side_by_side(x: Any) -> Any:
         """In memory, in whatever strides it has there, the last dimension's elements side by side."""
@@ -236,9 +240,9 @@ def joined_writer(
     return ops.pair_writer(kernel, own, activation, (_dtype(first), _dtype(then)), rows, eps)
 
 
-def attention_writer(causal: bool, scale: float) -> ops.Write:
+def attention_writer(causal: bool, scale: float, *known: tuple[tuple[int, ...], tuple[int, ...], str]) -> ops.Write:
     """`attention.writer`."""
-    return native_attention.writer(causal, scale)
+    return native_attention.writer(causal, scale, *((sizes, strides, _dtype(name)) for sizes, strides, name in known))
 
 
 @overload

@@ -9,7 +9,6 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from autoplan.errors import KernelError
 from autoplan.kernels import ops
 from autoplan.kernels.native.build import library
+from autoplan.kernels.native.entry import entry
 from autoplan.kernels.packing import CLIP_RATIOS, Canonical, quantize_grouped, quantize_per_channel
 from autoplan.kernels.reference import linear_float64, relative_error
 
@@ -190,6 +190,8 @@ class _Call(ctypes.Structure):
         ("bias_dtype", ctypes.c_int),
         ("activation", ctypes.c_int),
         ("gated", ctypes.c_int),
+        ("has_bias", ctypes.c_int),
+        ("has_norm", ctypes.c_int),
         ("pieces", ctypes.POINTER(ctypes.c_int64)),
         ("eps", ctypes.c_float),
     )
@@ -202,13 +204,14 @@ def _call(
     activation: str,
     pieces: tuple[int, ...] = (),
     eps: float | None = None,
-) -> Any:  # a reference, as ctypes hands it on
+) -> _Call:
     code = _ACTIVATIONS[ops.GATED.get(activation, activation)]
     dtypes = (CODES[own] for own in (x_dtype, dtype, bias_dtype or dtype))
-    call = _Call(*dtypes, code, activation in ops.GATED, eps=eps or 0.0)
+    has = (bias_dtype is not None, eps is not None)
+    call = _Call(*dtypes, code, activation in ops.GATED, *has, eps=eps or 0.0)
     if pieces:
         call.pieces = (ctypes.c_int64 * len(pieces))(*pieces)
-    return ctypes.byref(call)
+    return call
 
 
 @functools.cache
@@ -219,27 +222,11 @@ def _pair_into(
     rows: int | None = None,
     eps: float | None = None,
 ) -> ops.Write:
-    run, threads = library().autoplan_int8_pair, torch.get_num_threads
     x_dtype, between, dtype = dtypes
     call = _call(x_dtype, between, bias_dtypes[0], activation)
     then_call = _call(between, dtype, bias_dtypes[1], "none", eps=eps)
-    has_bias, then_has_bias = (bias_dtype is not None for bias_dtype in bias_dtypes)
-    count = has_bias + then_has_bias
-
-    def write(x: Tensor, packed: Tensor, then: Tensor, *others: Tensor, out: Tensor) -> None:
-        if run(
-            call, then_call, x.data_ptr(), packed.data_ptr(), others[0].data_ptr() if has_bias else None,
-            then.data_ptr(), others[count - 1].data_ptr() if then_has_bias else None, out.data_ptr(),
-            x.shape[0] if rows is None else rows, threads(),
-            *([tensor.data_ptr() for tensor in others[count:]] or (None, None, None)),
-        ):  # fmt: skip
-            raise _out_of_memory(x)
-
-    return write
-
-
-def _out_of_memory(x: Tensor) -> MemoryError:
-    return MemoryError(f"no memory for the codes of inputs {list(x.shape)}: call the model with fewer rows at a time")
+    others = sum(bias_dtype is not None for bias_dtype in bias_dtypes) + (0 if eps is None else _NORM)
+    return entry(library().autoplan_int8_pair, (_Call * 2)(call, then_call), 4 + others, rows)
 
 
 def _pair_pays(rows: int, nbytes: int) -> bool:
@@ -266,26 +253,9 @@ def _register(
         eps: float | None = None,
         x_dtype: torch.dtype | None = None,
     ) -> ops.Write:
-        run, threads = getattr(library(), function), torch.get_num_threads
         call = _call(x_dtype or dtype, dtype, bias_dtype, activation, pieces, eps)
-
-        def write(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, out: Tensor) -> None:
-            if run(
-                call, x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
-                x.shape[0] if rows is None else rows, threads(), None, None, None,
-            ):  # fmt: skip
-                raise _out_of_memory(x)
-
-        def write_normalized(x: Tensor, packed: Tensor, *others: Tensor, out: Tensor) -> None:
-            *biases, residual, weight, shift = others
-            if run(
-                call, x.data_ptr(), packed.data_ptr(), biases[0].data_ptr() if biases else None, out.data_ptr(),
-                x.shape[0] if rows is None else rows, threads(),
-                residual.data_ptr(), weight.data_ptr(), shift.data_ptr(),
-            ):  # fmt: skip
-                raise _out_of_memory(x)
-
-        return write if eps is None else write_normalized
+        others = (bias_dtype is not None) + (0 if eps is None else _NORM)
+        return entry(getattr(library(), function), call, 3 + others, rows)
 
     def run(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         out = x.new_empty((x.shape[0], _sizes(packed)[0]), dtype=dtype)
@@ -331,6 +301,7 @@ def _quantize_grouped(bits: int) -> Callable[[Tensor], Canonical]:
     return lambda weight: quantize_grouped(weight, 32, bits)
 
 
+_NORM = 3  # tensors of one: residual, weight, shift
 _INT32_SUMS = (2**31 - 1) // 127**2  # products of two int8 codes that an int32 surely holds the sum of
 _PAIR = ops.Pair(into=_pair_into, pays=_pair_pays)
 

@@ -353,9 +353,11 @@ static void write_zeros(const Attention& call, char* out) {
   }
 }
 
-// Returns what `done` does.
-extern "C" int autoplan_attention(const Attention* call, const void* q, const void* k, const void* v, const void* mask, void* out,
-                                  int threads) {
+// Tensors: q, k, v, the mask if there is one, out. Returns what `done` does.
+extern "C" int autoplan_attention(const Attention* call, void* const* first, int64_t, int threads) {
+  Tensors tensors(first);
+  const void *q = tensors.take(), *k = tensors.take(), *v = tensors.take(), *mask = tensors.take(call->has_mask);
+  void* out = tensors.take();
   if (!call->keys) return write_zeros(*call, (char*)out), 0;
   if (autoplan_attends_rows(call->rows, call->heads / call->key_heads, call->dtype))
     return attend_rows(*call, q, k, v, mask, out, threads);

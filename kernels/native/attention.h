@@ -12,7 +12,7 @@ struct Attention {
   int64_t batch, heads, key_heads, rows, keys, features;
   Strides q, k, v, out, mask;
   int dtype;       // float32 or bfloat16
-  int mask_dtype;  // of what is added to scores [batch, heads, rows, keys], if there is a mask
+  int has_mask, mask_dtype;  // what is added to scores [batch, heads, rows, keys], if there is a mask
   int causal;
   float scale;
 };

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from autoplan.kernels import native, ops
 from autoplan.kernels.native.build import library
+from autoplan.kernels.native.entry import entry
 
 _Strides = ctypes.c_int64 * 3  # `struct Strides`
 DTYPES = (torch.float32, torch.bfloat16)
+Strided = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # what a tensor is like: sizes, strides, dtype
 
 
 class _Attention(ctypes.Structure):
@@ -23,6 +24,7 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "rows", "keys", "features")),
         *((name, _Strides) for name in ("q", "k", "v", "out", "mask")),
         ("dtype", ctypes.c_int),
+        ("has_mask", ctypes.c_int),
         ("mask_dtype", ctypes.c_int),
         ("causal", ctypes.c_int),
         ("scale", ctypes.c_float),
@@ -46,39 +48,34 @@ def pays(rows: int, keys: int | None, features: int, sharing: int, dtype: torch.
     return enough and nbytes <= int(library().autoplan_cache_bytes())
 
 
-@functools.cache
-def writer(causal: bool, scale: float) -> ops.Write:
-    """A function of (q, k, v, *masks, out=...) that writes what `autoplan::attention` gives into `out`."""
-    run, threads = library().autoplan_attention, torch.get_num_threads
+def writer(causal: bool, scale: float, *known: Strided) -> ops.Write:
+    """A function of (q, k, v, *masks, out=...) that writes what `autoplan::attention` gives into `out`.
 
-    def write(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor, out: Tensor) -> None:
-        mask = masks[0] if masks else None
-        call = _call(
-            (*q.shape, *k.shape[1:3]), (q.stride(), k.stride(), v.stride(), out.stride(), _mask_strides(mask)),
-            (native.CODES[q.dtype], 0 if mask is None else native.CODES[mask.dtype]), causal, scale,
-        )  # fmt: skip
-        if run(
-            call, q.data_ptr(), k.data_ptr(), v.data_ptr(), None if mask is None else mask.data_ptr(), out.data_ptr(),
-            threads(),
-        ):  # fmt: skip
-            raise MemoryError(f"no memory for attention from {list(q.shape)} to {k.shape[2]} keys")
+    What all of them are like, in this order, is looked at in each call, unless it is `known`.
+    """
+    if known:
+        return _writer(causal, scale, known)
+
+    def write(*tensors: Tensor, out: Tensor) -> None:
+        every = (*tensors, out)
+        _writer(causal, scale, tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in every))(*every)
 
     return write
 
 
-def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
-    if mask is None:
-        return (0, 0, 0)
-    return tuple(0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
-
-
 @functools.lru_cache(256)
-def _call(
-    sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...], dtypes: tuple[int, int], causal: bool, scale: float
-) -> Any:  # a reference, as ctypes hands it on
-    batch, heads, rows, features, key_heads, keys = sizes
-    own = (_Strides(*steps[:3]) for steps in strides)
-    return ctypes.byref(_Attention(batch, heads, key_heads, rows, keys, features, *own, *dtypes, causal, scale))
+def _writer(causal: bool, scale: float, known: tuple[Strided, ...]) -> ops.Write:
+    q, k, v, *masks, out = known
+    (batch, heads, rows, features), (_, key_heads, keys, _) = q[0], k[0]
+    strides, mask_dtype = [own[1] for own in (q, k, v, out)], 0
+    for sizes, steps, dtype in masks:
+        strides.append(tuple(0 if size == 1 else step for size, step in zip(sizes, steps, strict=True)))
+        mask_dtype = native.CODES[dtype]
+    call = _Attention(
+        batch, heads, key_heads, rows, keys, features, *(_Strides(*steps[:3]) for steps in strides),
+        dtype=native.CODES[q[2]], has_mask=bool(masks), mask_dtype=mask_dtype, causal=causal, scale=scale,
+    )  # fmt: skip
+    return entry(library().autoplan_attention, call, len(known), rows)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:

@@ -1,8 +1,8 @@
 """Compiles the C++ of this folder for the CPU at hand, once, on first use, and loads it.
 
-A plain C interface called through ctypes: no torch headers, so that compiling takes seconds and one binary serves every
-torch version. It is kept in the user's cache folder under a digest of the source, the flags and the CPU's features:
-where it is, no compiler is needed any more.
+A plain C interface: no headers of torch or Python, so that compiling takes seconds and one binary serves every version
+of both. It is kept in the user's cache folder under a digest of the source, the flags and the CPU's features: where it
+is, no compiler is needed any more.
 """
 
 from __future__ import annotations
@@ -22,35 +22,29 @@ import platformdirs
 
 from autoplan.errors import KernelError
 
-_SOURCES = ("dynamic.cpp", "weight_only.cpp", "quantize.cpp", "attention.cpp", "attention_rows.cpp")
+_SOURCES = ("dynamic.cpp", "weight_only.cpp", "quantize.cpp", "attention.cpp", "attention_rows.cpp", "entry.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_KERNELS = ("autoplan_int8_dynamic", "autoplan_grouped_dynamic", "autoplan_int8_weight", "autoplan_int4_weight")
-# Of a kernel: a Call; x, packed, bias, out; rows, threads; what a Norm needs
-_KERNEL_TAKES = (_P, _P, _P, _P, _P, _N, _I, _P, _P, _P)
-# A Call for each of two layers; x; packed and bias of each; out; rows, threads; what a Norm needs
-_PAIR_TAKES = (_P, _P, _P, _P, _P, _P, _P, _P, _N, _I, _P, _P, _P)
 # The weight, its dtype, rows, in_features, group size, bits; ratios and their count; codes, upper bits, scale, zero
 # point; threads
 _QUANTIZE_TAKES = (_P, _I, _N, _N, _N, _N, _P, _N, _P, _P, _P, _P, _I)
-_ATTENTION_TAKES = (_P, _P, _P, _P, _P, _P, _I)  # an Attention; q, k, v, mask, out; threads
 
 
 @functools.cache
 def library(*flags: str) -> ctypes.CDLL:
-    """The kernels, compiled with more `flags` if any. Raises KernelError saying what this machine lacks."""
+    """The kernels, which `entry` makes functions of, and what tells about them, compiled with more `flags` if any.
+
+    Raises KernelError saying what this machine lacks.
+    """
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise KernelError(f"it is written for Linux on x86-64, and this is {platform.system()} on {platform.machine()}")
     features = _cpu_features()
     if missing := {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"} - features:
         raise KernelError(f"this CPU lacks {', '.join(sorted(missing))}")
     loaded = ctypes.CDLL(str(_binary(features, flags)))
-    for name, takes in {**dict.fromkeys(_KERNELS, _KERNEL_TAKES), "autoplan_int8_pair": _PAIR_TAKES}.items():
-        getattr(loaded, name).argtypes = takes  # and give an int: not 0 where there was not enough memory
     quantize = loaded.autoplan_quantize_grouped
     quantize.argtypes, quantize.restype = _QUANTIZE_TAKES, None
     loaded.autoplan_cache_bytes.restype = _N
-    loaded.autoplan_attention.argtypes = _ATTENTION_TAKES
     loaded.autoplan_attends_rows.argtypes = (_N, _N, _I)
     loaded.autoplan_attention_bytes.argtypes, loaded.autoplan_attention_bytes.restype = (_N, _N, _I), _N
     if not loaded.autoplan_available():

@@ -473,13 +473,12 @@ void run_pair(const Input& x, const Packed& first, const Packed& second, Epilogu
 }
 
 template <class Weight>
-void run_as(const Call& call, const void* x, const Weight& weight, const Packed& packed, const void* bias, void* out, int64_t rows,
-            int threads, const Norm& norm) {
-  const Epilogue e = {nullptr, weight.scale, bias, call.bias_dtype, out, packed.out_features, 1, call.activation,
-                      call.gated != 0, call.pieces, norm};
-  threads = team_for(rows, packed.out_features, packed.in_features, threads);
+void run_as(const Call& call, const Operands& o, const Weight& weight, int64_t rows, int threads) {
+  const Epilogue e = {nullptr, weight.scale, o.bias, call.bias_dtype, o.out, o.packed.out_features, 1, call.activation,
+                      call.gated != 0, call.pieces, o.norm};
+  threads = team_for(rows, o.packed.out_features, o.packed.in_features, threads);
   as_constant(call.dtype, [&](auto dtype) {
-    run<Weight, decltype(dtype)::value>({x, call.x_dtype}, weight, e, rows, packed.in_features, threads);
+    run<Weight, decltype(dtype)::value>({o.x, call.x_dtype}, weight, e, rows, o.packed.in_features, threads);
   });
 }
 
@@ -490,52 +489,51 @@ extern "C" int autoplan_available() { return product_available(); }
 // Of the second level, of one core.
 extern "C" int64_t autoplan_cache_bytes() { return sysconf(_SC_LEVEL2_CACHE_SIZE); }
 
-// out = activation(x [rows, in_features] times the weight, plus the bias or null), as Epilogue says; then, unless the
-// residual is null, what Norm says. All return what `done` does.
-extern "C" int autoplan_int8_dynamic(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
-                                     int64_t rows, int threads, const void* residual, const void* norm_weight,
-                                     const void* norm_bias) {
-  const Norm norm = {residual, norm_weight, norm_bias, call->eps};
-  return done([&] { if (rows) run_as(*call, x, int8_weight(*packed), *packed, bias, out, rows, threads, norm); });
+// out = activation(x [rows, in_features] times the weight, plus the bias if there is one), as Epilogue says; then, if there
+// is a norm, what Norm says. The tensors are Operands. All return what `done` does.
+extern "C" int autoplan_int8_dynamic(const Call* call, void* const* tensors, int64_t rows, int threads) {
+  const Operands o = operands_of(*call, tensors);
+  return done([&] { if (rows) run_as(*call, o, int8_weight(o.packed), rows, threads); });
 }
 
 // The same, with codes of 4 to 6 bits in groups of `group_size`, which divides in_features: a multiple of 16, or of 32 with
 // more than 4 bits.
-extern "C" int autoplan_grouped_dynamic(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
-                                        int64_t rows, int threads, const void* residual, const void* norm_weight,
-                                        const void* norm_bias) {
-  const Norm norm = {residual, norm_weight, norm_bias, call->eps};
+extern "C" int autoplan_grouped_dynamic(const Call* call, void* const* tensors, int64_t rows, int threads) {
+  const Operands o = operands_of(*call, tensors);
+  const Packed& packed = o.packed;
   const auto run = [&](auto bits) {
-    const int64_t strip_bytes = ceil_div(packed->in_features, 64) * 2 * TILE;
-    const GroupedWeight<decltype(bits)::value> weight = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(),
-                                                         packed->in_features, packed->group_size, strip_bytes, packed->channel_scale()};
-    run_as(*call, x, weight, *packed, bias, out, rows, threads, norm);
+    const int64_t strip_bytes = ceil_div(packed.in_features, 64) * 2 * TILE;
+    const GroupedWeight<decltype(bits)::value> weight = {packed.codes(), packed.scale(), (const uint8_t*)packed.offset(),
+                                                         packed.in_features, packed.group_size, strip_bytes, packed.channel_scale()};
+    run_as(*call, o, weight, rows, threads);
   };
   return done([&] {
     if (!rows) return;
-    if (packed->bits == 4) return run(std::integral_constant<int, 4>());
-    if (packed->bits == 5) return run(std::integral_constant<int, 5>());
+    if (packed.bits == 4) return run(std::integral_constant<int, 4>());
+    if (packed.bits == 5) return run(std::integral_constant<int, 5>());
     run(std::integral_constant<int, 6>());
   });
 }
 
 // The first layer with its activation, then the second one: both int8, dynamic. Each thread takes rows. What lies between
-// them is in the first one's dtype; out is in that as well, or in float32.
-extern "C" int autoplan_int8_pair(const Call* call, const Call* then_call, const void* x, const Packed* packed, const void* bias,
-                                  const Packed* then, const void* then_bias, void* out, int64_t rows, int threads,
-                                  const void* residual, const void* norm_weight, const void* norm_bias) {
+// them is in the first one's dtype; out is in that as well, or in float32. Tensors: x, both weights, the biases that there
+// are, a norm if the second call has one, out.
+extern "C" int autoplan_int8_pair(const Call calls[2], void* const* first, int64_t rows, int threads) {
   if (!rows) return 0;
-  const Epilogue e = {nullptr, (const float*)packed->scale(), bias, call->bias_dtype, nullptr, packed->out_features, 1,
-                      call->activation, false, nullptr, {}};
-  const Norm norm = {residual, norm_weight, norm_bias, then_call->eps};
-  const Epilogue after = {nullptr, (const float*)then->scale(), then_bias, then_call->bias_dtype, out, then->out_features, 1,
-                          then_call->activation, false, nullptr, norm};
-  const Input input = {x, call->x_dtype};
+  Tensors tensors(first);
+  const Input input = {tensors.take(), calls[0].x_dtype};
+  const Packed &packed = *(const Packed*)tensors.take(), &then = *(const Packed*)tensors.take();
+  const Epilogue e = {nullptr, (const float*)packed.scale(), tensors.take(calls[0].has_bias), calls[0].bias_dtype, nullptr,
+                      packed.out_features, 1, calls[0].activation, false, nullptr, {}};
+  const void* bias = tensors.take(calls[1].has_bias);
+  const Norm norm = norm_of(calls[1], tensors);
+  const Epilogue after = {nullptr, (const float*)then.scale(), bias, calls[1].bias_dtype, tensors.take(), then.out_features, 1,
+                          calls[1].activation, false, nullptr, norm};
   return done([&] {
-    as_constant(call->dtype, [&](auto dtype) {
+    as_constant(calls[0].dtype, [&](auto dtype) {
       constexpr int between = decltype(dtype)::value;
-      const auto run = then_call->dtype == FLOAT32 ? run_pair<between, FLOAT32> : run_pair<between, between>;
-      run(input, *packed, *then, e, after, rows, threads);
+      const auto run = calls[1].dtype == FLOAT32 ? run_pair<between, FLOAT32> : run_pair<between, between>;
+      run(input, packed, then, e, after, rows, threads);
     });
   });
 }

@@ -188,16 +188,48 @@ struct Input {
 // What a call asks for beside its tensors.
 struct Call {
   int x_dtype, dtype, bias_dtype, activation, gated;  // dtypes: of x; of out; of the bias, if there is one
+  int has_bias, has_norm;
   const int64_t* pieces;              // as Epilogue says
   float eps;                          // as Norm says
+};
+
+// The tensors of a call, one after another.
+class Tensors {
+ public:
+  explicit Tensors(void* const* first) : next_(first) {}
+
+  // The next, or null if it is not there.
+  void* take(bool is_there = true) { return is_there ? *next_++ : nullptr; }
+
+ private:
+  void* const* next_;
 };
 
 // What comes after whole rows, if there is a residual: y = (y + residual - mean) / sqrt(variance + eps) * weight + bias,
 // with the mean and the variance of each row (Ba, Kiros and Hinton, "Layer Normalization", arXiv:1607.06450).
 struct Norm {
-  const void *residual, *weight, *bias;  // [rows, out_features] and [out_features], in the dtype of y
+  const void *residual, *weight, *bias;  // [rows, out_features] and [out_features], in the dtype of y; null if there is none
   float eps;
 };
+
+static inline Norm norm_of(const Call& call, Tensors& tensors) {
+  const bool there = call.has_norm;
+  return {tensors.take(there), tensors.take(there), tensors.take(there), call.eps};
+}
+
+// Those of one layer, in the order in which a kernel takes them.
+struct Operands {
+  const void* x;
+  const Packed& packed;
+  const void* bias;  // or null
+  Norm norm;
+  void* out;
+};
+
+static inline Operands operands_of(const Call& call, void* const* first) {
+  Tensors tensors(first);
+  return {tensors.take(), *(const Packed*)tensors.take(), tensors.take(call.has_bias), norm_of(call, tensors), tensors.take()};
+}
 
 // What becomes of products: y = activation(product * row_scale * scale * unit + bias), in the dtype of y. If they are
 // gated (Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202), y is half as wide: that of the first half of the

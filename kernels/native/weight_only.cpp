@@ -194,33 +194,28 @@ void run(const Input& x, const Weight& w, Epilogue e, int64_t rows, int64_t in_f
 }
 
 template <class Kind>
-void run_as(const Call& call, const void* x, const Weight& w, const Packed& packed, const void* bias, void* out, int64_t rows,
-            int threads, const Norm& norm) {
-  const Epilogue e = {nullptr, nullptr, bias, call.bias_dtype, out, packed.out_features, 1, call.activation,
-                      call.gated != 0, call.pieces, norm};
-  threads = team_for(rows, packed.out_features, packed.in_features, threads);
+void run_as(const Call& call, const Operands& o, const Weight& w, int64_t rows, int threads) {
+  const Epilogue e = {nullptr, nullptr, o.bias, call.bias_dtype, o.out, o.packed.out_features, 1, call.activation,
+                      call.gated != 0, call.pieces, o.norm};
+  threads = team_for(rows, o.packed.out_features, o.packed.in_features, threads);
   as_constant(call.dtype, [&](auto dtype) {
-    run<Kind, decltype(dtype)::value>({x, call.x_dtype}, w, e, rows, packed.in_features, threads);
+    run<Kind, decltype(dtype)::value>({o.x, call.x_dtype}, w, e, rows, o.packed.in_features, threads);
   });
 }
 
 }  // namespace
 
 // As autoplan_int8_dynamic.
-extern "C" int autoplan_int8_weight(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
-                                    int64_t rows, int threads, const void* residual, const void* norm_weight,
-                                    const void* norm_bias) {
-  const int64_t padded = ceil_div(packed->in_features, 64) * 64;
-  const Weight w = {packed->codes(), packed->scale(), nullptr, padded, padded};
-  const Norm norm = {residual, norm_weight, norm_bias, call->eps};
-  return done([&] { if (rows) run_as<Int8Weight>(*call, x, w, *packed, bias, out, rows, threads, norm); });
+extern "C" int autoplan_int8_weight(const Call* call, void* const* tensors, int64_t rows, int threads) {
+  const Operands o = operands_of(*call, tensors);
+  const int64_t padded = ceil_div(o.packed.in_features, 64) * 64;
+  const Weight w = {o.packed.codes(), o.packed.scale(), nullptr, padded, padded};
+  return done([&] { if (rows) run_as<Int8Weight>(*call, o, w, rows, threads); });
 }
 
 // The same, in groups of `group_size`, a multiple of 16 that divides in_features.
-extern "C" int autoplan_int4_weight(const Call* call, const void* x, const Packed* packed, const void* bias, void* out,
-                                    int64_t rows, int threads, const void* residual, const void* norm_weight,
-                                    const void* norm_bias) {
-  const Weight w = {packed->codes(), packed->scale(), (const uint8_t*)packed->offset(), packed->in_features, packed->group_size};
-  const Norm norm = {residual, norm_weight, norm_bias, call->eps};
-  return done([&] { if (rows) run_as<Int4Weight>(*call, x, w, *packed, bias, out, rows, threads, norm); });
+extern "C" int autoplan_int4_weight(const Call* call, void* const* tensors, int64_t rows, int threads) {
+  const Operands o = operands_of(*call, tensors);
+  const Weight w = {o.packed.codes(), o.packed.scale(), (const uint8_t*)o.packed.offset(), o.packed.in_features, o.packed.group_size};
+  return done([&] { if (rows) run_as<Int4Weight>(*call, o, w, rows, threads); });
 }

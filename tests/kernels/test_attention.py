@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 @pytest.fixture(params=INSTRUCTION_SETS.values(), ids=INSTRUCTION_SETS.keys())
 def compiled_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "library", lambda: build.library(*request.param))
-    monkeypatch.setattr(attention, "writer", functools.cache(attention.writer.__wrapped__))
+    monkeypatch.setattr(attention, "_writer", functools.cache(attention._writer.__wrapped__))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -209,16 +210,23 @@ def plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
 
 
+class Call(NamedTuple):
+    causal: bool
+    scale: float
+    key_heads: int
+    is_known: bool  # what its tensors are like
+
+
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, float]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """What compiled graphs have asked for, here taken to pay on any CPU."""
-    found: list[tuple[bool, float]] = []
+    found: list[Call] = []
     writer = attention.writer
 
-    def watched(causal: bool, scale: float) -> Callable[..., None]:
-        def write(*tensors: Tensor, out: Tensor) -> None:
-            found.append((causal, scale))
-            writer(causal, scale)(*tensors, out=out)
+    def watched(causal: bool, scale: float, *known: attention.Strided) -> Callable[..., None]:
+        def write(q: Tensor, k: Tensor, *others: Tensor, out: Tensor) -> None:
+            found.append(Call(causal, scale, k.shape[1], bool(known)))
+            writer(causal, scale, *known)(q, k, *others, out=out)
 
         return write
 
@@ -228,39 +236,44 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, float]]:
     return found
 
 
+def alone(q: Tensor, k: Tensor, v: Tensor, _: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
+
+
 @pytest.mark.parametrize(
     ("attends", "causal", "scale"),
     [
         (plainly, False, 32**-0.5),
         (lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v, is_causal=True), True, 32**-0.5),
         (lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v, scale=0.3), False, 0.3),
-        (lambda q, k, v, _: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True), False, 32**-0.5),
+        (alone, False, 32**-0.5),
     ],
     ids=["plain", "causal", "scaled", "grouped"],
 )
 def test_a_compiled_model_calls_it(
-    calls: list[tuple[bool, float]], attends: Callable[..., Tensor], causal: bool, scale: float, dtype: torch.dtype
+    calls: list[Call], attends: Callable[..., Tensor], causal: bool, scale: float, dtype: torch.dtype
 ) -> None:
     model, x = Attending(attends, dtype), torch.randn(2, 21, 64, dtype=dtype)
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
         y = torch.compile(model, fullgraph=True)(x)
-        assert calls == [(causal, scale)]
+        key_heads = 1 if attends is alone else 2
+        assert calls == [Call(causal, scale, key_heads, is_known=True)]
         assert error(y, model(x).double()) < 1e-3  # a code of the second layer may be another
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_with_a_mask(calls: list[tuple[bool, float]], dynamic: bool) -> None:
+def test_with_a_mask(calls: list[Call], dynamic: bool) -> None:
     model, x, mask = Attending(plainly), torch.randn(3, 21, 64, dtype=BF16), torch.ones(3, 21, dtype=torch.bool)
     mask[1, 5:] = False
     torch._dynamo.mark_dynamic(x, 0) if dynamic else None
     torch._dynamo.mark_dynamic(mask, 0) if dynamic else None
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
         y = torch.compile(model, fullgraph=True)(x, mask)
-        assert len(calls) == 1
+        assert [call.is_known for call in calls] == [not dynamic]
         assert error(y, model(x, mask).double()) < 1e-3
 
 
-def test_one_row_and_keys_of_any_number(calls: list[tuple[bool, float]]) -> None:
+def test_one_row_and_keys_of_any_number(calls: list[Call]) -> None:
     """As when a language model writes: a compiled graph serves all lengths of its cache."""
 
     class Writing(Attending):
@@ -276,7 +289,7 @@ def test_one_row_and_keys_of_any_number(calls: list[tuple[bool, float]]) -> None
             x, keys = torch.randn(3, 1, 64, dtype=BF16), heads(3, 2, length, 32)
             torch._dynamo.mark_dynamic(keys, 2)
             assert error(compiled(x, keys), model(x, keys).double()) < 1e-3
-    assert len(calls) == 3
+    assert [call.is_known for call in calls] == [False] * 3
 
 
 def repeated(heads: Tensor, times: int) -> Tensor:
@@ -294,31 +307,16 @@ def repeated(heads: Tensor, times: int) -> Tensor:
     ],
 )
 def test_heads_that_were_copied_for_others_are_read_once(
-    calls: list[tuple[bool, float]],
-    monkeypatch: pytest.MonkeyPatch,
-    attends: Callable[..., Tensor],
-    key_heads: int,
+    calls: list[Call], attends: Callable[..., Tensor], key_heads: int
 ) -> None:
-    found: list[int] = []
-    writer = attention.writer
-
-    def watched(causal: bool, scale: float) -> Callable[..., None]:
-        def write(q: Tensor, k: Tensor, *others: Tensor, out: Tensor) -> None:
-            found.append(k.shape[1])
-            writer(causal, scale)(q, k, *others, out=out)
-
-        return write
-
-    monkeypatch.setattr(attention, "writer", watched)
     model, x = Attending(attends), torch.randn(2, 21, 64, dtype=BF16)
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
         y = torch.compile(model, fullgraph=True)(x)
         assert error(y, model(x).double()) < 1e-3
-    assert found == [key_heads]
-    assert len(calls) == 1
+    assert [call.key_heads for call in calls] == [key_heads]
 
 
-def test_in_autocast(calls: list[tuple[bool, float]]) -> None:
+def test_in_autocast(calls: list[Call]) -> None:
     model, x = Attending(plainly, torch.float32), torch.randn(2, 21, 64)
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False), torch.autocast("cpu", BF16):
         y = torch.compile(model, fullgraph=True)(x)
@@ -327,7 +325,7 @@ def test_in_autocast(calls: list[tuple[bool, float]]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["float16", "gradients", "it does not pay", "rows and keys of any number"])
-def test_others_are_left_to_torch(calls: list[tuple[bool, float]], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_are_left_to_torch(calls: list[Call], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Attending(plainly), torch.randn(2, 21, 64, dtype=BF16)
     if kind == "float16":
         model, x = Attending(plainly, torch.float16), x.half()

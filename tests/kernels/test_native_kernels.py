@@ -203,6 +203,20 @@ def test_rows_that_no_memory_holds(name: str) -> None:
         kernel.into(torch.float32, None, "none", rows=1 << 50)(x, *packed, out=torch.empty(1, 32))
 
 
+def test_a_call_with_the_wrong_tensors() -> None:
+    kernel = find_kernel("fused_int8")
+    packed, x, out = kernel.layout.pack(canonical("fused_int8", 32, 128)), torch.randn(3, 128), torch.empty(3, 32)
+    assert kernel.into is not None
+    write = kernel.into(torch.float32, torch.float32, "none")
+    for others in ((), (torch.zeros(32), torch.zeros(32)), (None,)):
+        with pytest.raises(TypeError, match=f"takes 4 tensors, not {3 + len([x for x in others if x is not None])}"):
+            write(x, *packed, *others, out=out)
+    with pytest.raises(RuntimeError, match="non-tensor"):
+        write(x, *packed, "bias", out=out)  # type: ignore[arg-type]
+    with pytest.raises(MemoryError, match="1125899906842624 rows"):
+        kernel.into(torch.float32, None, "none", rows=1 << 50)(x, *packed, out=out)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_several_threads_may_call_at_once(name: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
