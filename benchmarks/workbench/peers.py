@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from autoplan import PlanCache, apply_plan, graphs, make_plan, record
-from workbench.workloads import TABLES, Input, Scenario, Workload
+from workbench.workloads import TABLES, Input, Output, Scenario, Workload
 
 BASELINE = "float32 eager"
 OURS = "autoplan balanced"  # that peers are also compared with, pair by pair
 
-Call = Callable[[Input], Tensor]
+Call = Callable[[Input], Output]
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ class Autocast(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, **inputs: Tensor) -> Tensor:
+    def forward(self, **inputs: Tensor) -> Output:
         with torch.autocast("cpu", torch.bfloat16):
-            found: Tensor = self.model(**inputs)
-        return found.float()
+            found: Output = self.model(**inputs)
+        return found.float() if isinstance(found, Tensor) else [tensor.float() for tensor in found]
 
 
 def quantize_dynamic(work: Workload) -> Made:
@@ -219,9 +219,9 @@ def to_onnx(model: nn.Module, scenario: Scenario, path: Path) -> None:
         )  # fmt: skip
 
 
-def run_session(session: Any, inputs: Input) -> Tensor:
-    (found,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-    return torch.from_numpy(found)
+def run_session(session: Any, inputs: Input) -> Output:
+    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    return as_output(map(torch.from_numpy, found))
 
 
 def openvino(int8: bool) -> Make:
@@ -249,9 +249,14 @@ def openvino(int8: bool) -> Make:
     return make
 
 
-def run_openvino(compiled: Any, inputs: Input) -> Tensor:
+def run_openvino(compiled: Any, inputs: Input) -> Output:
     found = compiled({name: value.numpy() for name, value in inputs.items()})
-    return torch.from_numpy(found[0].copy())
+    return as_output(torch.from_numpy(found[i].copy()) for i in range(len(compiled.outputs)))
+
+
+def as_output(tensors: Iterable[Tensor]) -> Output:
+    first, *others = tensors
+    return [first, *others] if others else first
 
 
 def replaced(dtype: torch.dtype, replacement: Callable[[nn.Linear], nn.Module]) -> Make:
@@ -306,10 +311,6 @@ def plan_cache() -> PlanCache:
     return PlanCache(os.environ.get("AUTOPLAN_CACHE"))
 
 
-def as_logits(output: Tensor) -> dict[str, Tensor]:
-    return {"logits": output}
-
-
 def autoplan(budget: str, dtype: torch.dtype | None = None) -> Make:
     """One plan for all scenarios."""
 
@@ -324,7 +325,7 @@ def autoplan(budget: str, dtype: torch.dtype | None = None) -> Make:
                         model(**inputs)
         plan = make_plan(
             model, recording, budget=budget, cache=plan_cache(), compiled=work.compiled, progress=False,
-            output=as_logits if work.returns_logits else None,
+            output=work.output,
         )  # fmt: skip
         apply_plan(model, plan, weights="skip")
         chosen = [layer.chosen for layer in plan.layers]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from autoplan import demo
 
 Input = Mapping[str, Tensor]  # what the model's forward takes, by name
+Output = Tensor | Sequence[Tensor]  # what it gives
 Accuracy = Mapping[str, float]
 
 CALIBRATION = 3  # inputs per scenario that peers may calibrate and plan with; none of them is timed or judged
@@ -35,25 +36,32 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, given in `dtype`, whose forward returns one tensor; peers may ask for it in another."""
+    """A model, given in `dtype`; peers may ask for it in another."""
 
     name: str
     table: str  # workloads of one table share a file
     dtype: torch.dtype
     load: Callable[[torch.dtype], nn.Module]  # a fresh one, the same weights every time
     scenarios: Sequence[Scenario]
-    accuracy: Callable[[Scenario, Sequence[Tensor], Sequence[Tensor]], Accuracy]  # the first figure is the divergence
+    accuracy: Callable[[Scenario, Sequence[Any], Sequence[Any]], Accuracy]  # the first figure is the divergence
     together: int = 16  # peers that are in memory, and raced, at once
     compiled: bool = True  # False: nothing is, not even what is called so, and what is measured means nothing
-    returns_logits: bool = False
+    output: Callable[[Any], Any] | None = None  # as `make_plan` takes it
 
 
 # --- how well a model answers: (scenario, the float32 model's outputs, its outputs) ---
 
 
-def relative_error(_: Scenario, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Accuracy:
+def tensors_of(output: Output) -> Sequence[Tensor]:
+    return [output] if isinstance(output, Tensor) else output
+
+
+def relative_error(_: Scenario, reference: Sequence[Output], outputs: Sequence[Output]) -> Accuracy:
     """norm(y - q)^2 / norm(y)^2, over all outputs."""
-    y, q = (torch.cat([output.double().flatten() for output in some]) for some in (reference, outputs))
+    y, q = (
+        torch.cat([tensor.double().flatten() for output in some for tensor in tensors_of(output)])
+        for some in (reference, outputs)
+    )
     return {"relative_error": float((y - q).square().sum() / y.square().sum())}
 
 
@@ -92,6 +100,10 @@ def perplexity(scenario: Scenario, reference: Sequence[Tensor], outputs: Sequenc
 
 
 # --- models ---
+
+
+def as_logits(output: Tensor) -> dict[str, Tensor]:
+    return {"logits": output}
 
 
 class Logits(nn.Module):
@@ -140,7 +152,7 @@ class Features(nn.Module):
 
 
 class Bank(nn.Module):
-    """Equal Linears with weights of their own; x [rows, in_features] to [count, rows, out_features].
+    """Equal Linears with weights of their own; x [rows, in_features] to as many outputs [rows, out_features].
 
     So many that in float32 they exceed the caches, as a model's layers do: one layer, called over and over, would not.
     """
@@ -151,9 +163,9 @@ class Bank(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(in_features, out_features) for _ in range(count))
         self.register_buffer("like", torch.empty(0), persistent=False)  # follows the model's dtype, as weights may not
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> list[Tensor]:
         x = x.to(self.like.dtype)
-        return torch.stack([layer(x) for layer in self.layers])
+        return [layer(x) for layer in self.layers]  # each its own: what copies them together would be timed, too
 
 
 def seeded(make: Callable[[], nn.Module]) -> Callable[[torch.dtype], nn.Module]:
@@ -214,7 +226,7 @@ def language_model(quick: bool) -> Workload:
         )
         for name, shape, weight in [("prefill 4 x 128", (4, 128), 1.0), ("decode 1", (1, 1), 128.0)]
     ]  # fmt: skip
-    return Workload("language-model", "language-model", torch.float32, load, scenarios, perplexity, returns_logits=True)
+    return Workload("language-model", "language-model", torch.float32, load, scenarios, perplexity, output=as_logits)
 
 
 def decoder(quick: bool) -> Workload:
@@ -244,9 +256,7 @@ def decoder(quick: bool) -> Workload:
             ("prefill 256", 1, 32 if quick else 256, 2, 1.0),
         ]
     ]
-    return Workload(
-        "decoder", "decoder", torch.bfloat16, seeded(make), scenarios, logits, together=3, returns_logits=True
-    )
+    return Workload("decoder", "decoder", torch.bfloat16, seeded(make), scenarios, logits, together=3, output=as_logits)
 
 
 def vit(quick: bool) -> Workload:
@@ -277,7 +287,9 @@ def layer(out_features: int, in_features: int, rows: int) -> Workload:
     name = f"{out_features}x{in_features}, {rows} rows"
     bank = functools.partial(Bank, out_features, in_features)
     scenario = Scenario(name, inputs(1, CALIBRATION), inputs(2, 4), rows * len(bank().layers), "rows")
-    return Workload(f"layer {name}", "layers", torch.float32, seeded(bank), [scenario], relative_error)
+    return Workload(
+        f"layer {name}", "layers", torch.float32, seeded(bank), [scenario], relative_error, output=torch.stack
+    )
 
 
 LAYERS = ((64, 64), (384, 384), (1536, 384), (384, 1536), (4096, 4096), (11008, 4096))  # as linear.py has them
