@@ -35,7 +35,7 @@ intptr_t PyTuple_Size(PyObject*);
 
 namespace {
 
-constexpr int MOST = 10;                        // tensors that a kernel takes
+constexpr int MOST = 10;                        // tensors that a kernel takes: a pair with biases and a norm, 9
 constexpr int FASTCALL = 0x80, KEYWORDS = 0x2;  // METH_FASTCALL, METH_KEYWORDS
 
 // A kernel and what does not change from call to call.
@@ -97,8 +97,6 @@ PyObject* enter(PyObject* self, PyObject* const* args, intptr_t count, PyObject*
 PyMethodDef method = {"run", enter, FASTCALL | KEYWORDS, nullptr};
 
 }  // namespace
-
-extern "C" int autoplan_most_tensors() { return MOST; }
 
 // A function of tensors, for such a `self`.
 extern "C" PyObject* autoplan_entry(PyObject* self) { return PyCFunction_NewEx(&method, self, nullptr); }
