@@ -199,7 +199,7 @@ def test_rows_that_no_memory_holds(name: str) -> None:
     kernel = find_kernel(name)
     packed, x = kernel.layout.pack(canonical(name, 32, 128)), torch.randn(1, 128)
     assert kernel.into is not None
-    with pytest.raises(MemoryError, match="fewer rows at a time"):
+    with pytest.raises(MemoryError, match=f"no memory for {1 << 50} rows: call the model with fewer rows at a time"):
         kernel.into(torch.float32, None, "none", rows=1 << 50)(x, *packed, out=torch.empty(1, 32))
 
 
@@ -213,8 +213,6 @@ def test_a_call_with_the_wrong_tensors() -> None:
             write(x, *packed, *others, out=out)
     with pytest.raises(RuntimeError, match="non-tensor"):
         write(x, *packed, "bias", out=out)  # type: ignore[arg-type]
-    with pytest.raises(MemoryError, match="1125899906842624 rows"):
-        kernel.into(torch.float32, None, "none", rows=1 << 50)(x, *packed, out=out)
 
 
 @pytest.mark.parametrize("name", KERNELS)
