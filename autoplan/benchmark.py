@@ -11,12 +11,11 @@ import types
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from autoplan import timing
+from autoplan import coldness, timing
 from autoplan.arms import Arms, Call, Contender, Maker
 from autoplan.cache.fingerprint import digest, source_digest
 from autoplan.cache.store import PlanCache, entry
@@ -29,14 +28,10 @@ BASELINE = ("none", "linear")
 APART = ("apart", "one by one")  # that of a shape with parts
 MARGIN = 0.02
 _BUCKETS: list[int] = sorted({*range(1, 17), *(2**k for k in range(5, 24)), *(3 * 2 ** (k - 1) for k in range(4, 24))})
-_MAX_COPIES = 64
-_MAX_COPIES_ON_GPU = 1024  # its L2 cache holds 64 of a small model's
 _RACE_SECONDS = 6.0  # what takes longer tells kernels apart that are as good as equal
-_MEMORY_SHARE = 0.5  # of what is available, for the copies of a race on CPU; one of each in any case
 _PASSING = ("OutOfMemory", "MemoryError", "allocate memory", "Inductor", "CompileError")  # in notes of what may pass
 _HOPELESS = 2.0  # times the time of the candidate's best kernel
 _ALIKE = 16.0  # times as many elements at most: beyond, what a call costs whatever the weight counts for more, or less
-_LAYOUTS = 6  # all layouts of all candidates together take about so many times what the float weight takes
 
 Key = tuple[Shape, str, str]  # shape, candidate, kernel
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -91,7 +86,7 @@ def measure(
     """
     found: dict[Key, Measurement] = {}
     left_out: dict[Key, Measurement] = {}
-    between = bytes_between(model_bytes)
+    between = coldness.bytes_between(model_bytes)
     arms: Arms | None = None
     for done, (shape, contenders) in enumerate(wanted.items()):
         if progress:
@@ -217,7 +212,7 @@ def candidate_digest(candidate: Candidate) -> str:
 
 
 def _fingerprint(shape: Shape, contender: Contender, environment: Mapping[str, Any], between: int) -> dict[str, Any]:
-    most = _MAX_COPIES_ON_GPU if shape.device == "cuda" else _MAX_COPIES
+    most = coldness.MAX_COPIES_ON_GPU if shape.device == "cuda" else coldness.MAX_COPIES
     timer = {"margin": MARGIN, "max_copies": most, "version": 3}
     return {
         "environment": dict(environment),
@@ -282,9 +277,9 @@ def _race(
                 failures[key] = _failure(error)
         baseline = "/".join(first)
         copies = (
-            copies_on_gpu(weight.nbytes)
+            coldness.copies_on_gpu(weight.nbytes)
             if on_gpu
-            else _copies(between, weight.nbytes, weight.nbytes * (1 + len(makers) / 2))
+            else coldness.copies(between, weight.nbytes, weight.nbytes * (1 + len(makers) / 2))
         )
         arms = _dealt(makers, first, copies, random.Random(seed), failures)
         calls, notes = 1, dict[str, str]()
@@ -418,65 +413,6 @@ def _captured(run: Callable[[], None]) -> Call:
 def _side_stream(device: int) -> torch.cuda.Stream:
     """The stream that graphs are recorded on: one for all, as each that calls cuBLAS keeps a workspace."""
     return torch.cuda.Stream(device)
-
-
-def copies_on_gpu(weight_bytes: int) -> int:
-    """So many copies that a turn through those of one arm overflows L2 three times, even in int4; less if memory is.
-
-    One copy will do where it does so alone. `weight_bytes` counts the float weight.
-    """
-    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    wanted, affordable = math.ceil(3 * cache / (weight_bytes / 4)), int(free / 4 / (weight_bytes * _LAYOUTS))
-    return max(1, min(_MAX_COPIES_ON_GPU, wanted, affordable))
-
-
-def bytes_between(model_bytes: int | None) -> int:
-    """The bytes of weights that a CPU reads from when a layer's weight was used until it is used again.
-
-    Those of the model, rounded up to a power of two for timings to be of use to models of about its size; if they
-    overflow the last-level cache, or are not known, what is enough to overflow it.
-    """
-    enough = _enough_to_overflow()
-    return enough if model_bytes is None else min(enough, 1 << max(model_bytes - 1, 1).bit_length())
-
-
-def _enough_to_overflow() -> int:
-    return int(1.2 * last_level_cache_bytes())
-
-
-def _copies(between: int, weight_bytes: int, bytes_a_round: float) -> int:
-    """So many copies of each weight that it is as cold as in a model with `between` bytes of weights: from 2 to 64.
-
-    A batch of quick calls goes round an arm's copies by itself, so there are as many as such layers fill the model
-    with. But if the model stays in the last-level cache, so do the copies of all arms; else they overflow it. There are
-    fewer where memory is short.
-    """
-    if between >= _enough_to_overflow():
-        wanted = between / bytes_a_round
-    else:
-        wanted = min(between / weight_bytes, 0.5 * last_level_cache_bytes() / bytes_a_round)
-    copies = max(2, min(_MAX_COPIES, math.ceil(wanted)))
-    return max(1, int(min(copies, _MEMORY_SHARE * _available_bytes() / bytes_a_round)))
-
-
-def _available_bytes() -> float:
-    """The memory that Linux can give out without swapping; no limit where the system does not tell."""
-    file = Path("/proc/meminfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    kib = next((float(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
-    return kib * 1024
-
-
-def last_level_cache_bytes() -> int:
-    """The largest cache of CPU 0 that Linux names; 32 MiB where it names none."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    sizes = []
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
-        if text[:-1].isdigit() and text[-1] in units:
-            sizes.append(int(text[:-1]) * units[text[-1]])
-    return max(sizes, default=32 << 20)
 
 
 def kernel_measurements(found: Mapping[Key, Measurement], shape: Shape, candidate: str) -> dict[str, Measurement]:

@@ -39,7 +39,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from workbench import floor, whole
 
-from autoplan import benchmark, kernels, options, timing
+from autoplan import benchmark, coldness, kernels, options, timing
 from autoplan.cache import fingerprint
 from autoplan.candidates import Candidate, find_candidate
 from autoplan.candidates.base import select
@@ -396,7 +396,7 @@ def _race_peer(bench: Bench, size: tuple[int, int], rows: int, name: str, make: 
     device = bench.device.type
     try:
         torch._dynamo.reset()  # noqa: TID251  (each way compiles anew, and none shall meet the recompile limit)
-        copies = benchmark.copies_on_gpu(2 * size[0] * size[1]) if device == "cuda" else 2
+        copies = coldness.copies_on_gpu(2 * size[0] * size[1]) if device == "cuda" else 2
         x = torch.randn(rows, size[1], device=device, dtype=torch.bfloat16)
         plain, theirs = [], []
         for _ in range(copies):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoplan import PlanCache, benchmark, timing
+from autoplan import PlanCache, benchmark, coldness, timing
 from autoplan.arms import Contender
 from autoplan.benchmark import BASELINE, bucket_rows, measure, shapes_of
 from autoplan.candidates import Candidate, find_candidate
@@ -52,19 +52,19 @@ def test_the_shapes_of_a_layer() -> None:
 
 
 def test_weights_are_as_cold_as_the_model_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "last_level_cache_bytes", lambda: 1000)
+    monkeypatch.setattr(coldness, "last_level_cache_bytes", lambda: 1000)
     sizes = (None, 5000, 1200, 1025, 1024, 257, 256, 1)
-    assert [benchmark.bytes_between(size) for size in sizes] == [*[1200] * 4, 1024, 512, 256, 2]
-    monkeypatch.setattr(benchmark, "_available_bytes", lambda: math.inf)
+    assert [coldness.bytes_between(size) for size in sizes] == [*[1200] * 4, 1024, 512, 256, 2]
+    monkeypatch.setattr(coldness, "_available_bytes", lambda: math.inf)
     in_memory = [(1, 1), (1, 100), (1, 400), (1, 600), (1, 1e9)]
-    assert [benchmark._copies(1200, *sizes) for sizes in in_memory] == [64, 12, 3, 2, 2]
+    assert [coldness.copies(1200, *sizes) for sizes in in_memory] == [64, 12, 3, 2, 2]
     in_cache = [(10, 40), (10, 20), (1, 4), (200, 800), (2, 500)]
-    assert [benchmark._copies(256, *sizes) for sizes in in_cache] == [13, 25, 64, 2, 2]
-    monkeypatch.setattr(benchmark, "_available_bytes", lambda: 800.0)
-    assert [benchmark._copies(1200, 1, size) for size in (100, 300, 1e9)] == [4, 1, 1]
+    assert [coldness.copies(256, *sizes) for sizes in in_cache] == [13, 25, 64, 2, 2]
+    monkeypatch.setattr(coldness, "_available_bytes", lambda: 800.0)
+    assert [coldness.copies(1200, 1, size) for size in (100, 300, 1e9)] == [4, 1, 1]
     monkeypatch.undo()
-    assert benchmark.last_level_cache_bytes() >= 1 << 15
-    assert benchmark._available_bytes() > 1 << 20
+    assert coldness.last_level_cache_bytes() >= 1 << 15
+    assert coldness._available_bytes() > 1 << 20
 
 
 def test_what_is_cached_is_not_timed_again(timer: Any) -> None:
@@ -306,7 +306,7 @@ def test_a_kernel_that_fails_is_a_measurement_with_a_note(where: str, monkeypatc
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_a_real_race(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "_RACE_SECONDS", 0.5)
-    monkeypatch.setattr(benchmark, "_MAX_COPIES", 4)
+    monkeypatch.setattr(coldness, "MAX_COPIES", 4)
     shape = Shape(4, 16, 16, True, "float32", "float32", "cpu", mode)
     before, state = timing.timings_made, torch.get_rng_state()
     found = measure({shape: contenders("none", "int8_weight_only")}, ENVIRONMENT, None)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoplan import AutoplanError, Plan, apply_plan, benchmark, planner, record, timing, validate
+from autoplan import AutoplanError, Plan, apply_plan, benchmark, coldness, planner, record, timing, validate
 from autoplan.apply import stand_ins
 from autoplan.arms import Contender
 from autoplan.candidates import Candidate, base, find_candidate
@@ -243,7 +243,7 @@ def race_on(
     real_race, randn, generator = timing.race, torch.randn, torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
     monkeypatch.setattr(torch, "randn", lambda *size, device=None, **options: randn(*size, **options))
-    monkeypatch.setattr(benchmark, "copies_on_gpu", lambda weight_bytes: 3)
+    monkeypatch.setattr(coldness, "copies_on_gpu", lambda weight_bytes: 3)
     monkeypatch.setattr(timing, "clock_of", lambda device: timing.time.perf_counter_ns)
     monkeypatch.setattr(benchmark, "_captured", lambda run: run)
 
@@ -298,7 +298,7 @@ def test_copies_overflow_l2_and_fit_into_memory(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_gib << 30, 141 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 7 << 20)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 7 << 20)
-    assert benchmark.copies_on_gpu(weight_mib << 20) == copies
+    assert coldness.copies_on_gpu(weight_mib << 20) == copies
 
 
 # Whole models.

@@ -48,13 +48,13 @@ def measure(depth: int) -> dict[str, int]:
     """Bytes that each stage of planning held at most above the float model and its recording, and those of the plan."""
     from conftest import FakeTimer
 
-    from autoplan import benchmark, make_plan, record, timing
+    from autoplan import coldness, make_plan, record, timing
 
     torch.set_num_threads(1)
     fake = FakeTimer()
     fake.ratios = {"int8_dynamic": 0.5, "bf16": 0.6}
     timing.race, timing.compare = fake.race, fake.compare  # type: ignore[assignment]
-    benchmark._MAX_COPIES = 2  # type: ignore[attr-defined]
+    coldness.MAX_COPIES = 2  # type: ignore[attr-defined]
     peaks: dict[str, int] = {}
     stage, before = "", 0
 

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": set(),
     "solve": set(),
     "timing": set(),
+    "coldness": set(),
     "contention": set(),
     "graphs": set(),
     "offload": set(),
@@ -46,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": {"apply", "cache", "layers", "recorder"},
     # what each choice gains and costs, and the whole of them
     "arms": {"candidates", "kernels", "layers", "siblings"},
-    "benchmark": {"arms", "cache", "candidates", "contention", "kernels", "timing"},
+    "benchmark": {"arms", "cache", "candidates", "coldness", "contention", "kernels", "timing"},
     "options": {"arms", "benchmark", "candidates", "kernels", "selection"},
     "fusion": {"arms", "benchmark", "candidates", "kernels", "options", "selection"},
     "request": {"benchmark", "cache", "candidates", "divergence", "fisher", "kernels", "offload"}

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from autoplan.benchmark import last_level_cache_bytes
 from autoplan.candidates import Candidate
 from autoplan.candidates.grouped import Grouped
+from autoplan.coldness import last_level_cache_bytes
 from autoplan.errors import KernelError
 from autoplan.kernels.native import build
 from autoplan.records import LayerProfile
