@@ -28,6 +28,7 @@ BASELINE = ("none", "linear")
 APART = ("apart", "one by one")  # that of a shape with parts
 MARGIN = 0.02
 _BUCKETS: list[int] = sorted({*range(1, 17), *(2**k for k in range(5, 24)), *(3 * 2 ** (k - 1) for k in range(4, 24))})
+_MANY_ROWS = 1024  # use a weight so often that reading it, be it from memory, takes little of their time
 _RACE_SECONDS = 6.0  # what takes longer tells kernels apart that are as good as equal
 _PASSING = ("OutOfMemory", "MemoryError", "allocate memory", "Inductor", "CompileError")  # in notes of what may pass
 _HOPELESS = 2.0  # times the time of the candidate's best kernel
@@ -213,7 +214,7 @@ def candidate_digest(candidate: Candidate) -> str:
 
 def _fingerprint(shape: Shape, contender: Contender, environment: Mapping[str, Any], between: int) -> dict[str, Any]:
     most = coldness.MAX_COPIES_ON_GPU if shape.device == "cuda" else coldness.MAX_COPIES
-    timer = {"margin": MARGIN, "max_copies": most, "version": 3}
+    timer = {"margin": MARGIN, "max_copies": most, "version": 4}
     return {
         "environment": dict(environment),
         "shape": {key: value for key, value in asdict(shape).items() if key != "parts" or value},
@@ -260,6 +261,8 @@ def _race(
 ) -> list[Measurement]:
     """One race, with copies of each weight, so many that it is as cold as in a model with `between` bytes of weights.
 
+    On a CPU, arms of a candidate with which these stay in a cache are called some times before each sample.
+
     At a shape with parts, the baseline is the parts one after another, and a contender the product of all.
     """
     shape, weight = arms_of.shape, arms_of.weight
@@ -276,12 +279,14 @@ def _race(
             except Exception as error:  # a result like an exception while it is timed: the report tells it
                 failures[key] = _failure(error)
         baseline = "/".join(first)
+        bytes_a_round = weight.nbytes * (1 + len(makers) / 2)
         copies = (
-            coldness.copies_on_gpu(weight.nbytes)
-            if on_gpu
-            else coldness.copies(between, weight.nbytes, weight.nbytes * (1 + len(makers) / 2))
+            coldness.copies_on_gpu(weight.nbytes) if on_gpu else coldness.copies(between, weight.nbytes, bytes_a_round)
         )
         arms = _dealt(makers, first, copies, random.Random(seed), failures)
+        if not on_gpu and shape.rows < _MANY_ROWS and not coldness.stays(copies * bytes_a_round):
+            by_name = {"/".join((c.candidate.name, c.kernel.name)): c for c in contenders} | {baseline: None}
+            arms = [_as_warm(arm, arms_of.bytes_held(by_name[arm.name]) / weight.nbytes * between) for arm in arms]
         calls, notes = 1, dict[str, str]()
         if on_gpu and shape.mode == COMPILED:
             arms, calls, notes = on_graphs(arms, baseline)
@@ -309,6 +314,11 @@ def _race(
     ]
     wanted = {(contender.candidate.name, contender.kernel.name) for contender in contenders}
     return [measurement for measurement in measured if (measurement.candidate, measurement.kernel) in wanted]
+
+
+def _as_warm(arm: timing.Arm, model_bytes: float) -> timing.Arm:
+    """The arm as in a model of layers like it: where a cache holds that, it holds other arms' copies at each turn."""
+    return replace(arm, before=_turns(arm, coldness.SETTLING)) if coldness.stays(model_bytes) else arm
 
 
 def _failure(error: Exception) -> str:

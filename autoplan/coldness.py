@@ -1,8 +1,13 @@
-"""How cold weights are while their kernels are timed: as cold as the model makes them, by racing over copies."""
+"""How cold weights are while their kernels are timed: as cold as the model makes them, by racing over copies.
+
+On a CPU that depends on the candidate: a model that no cache holds in float may be held in int8 or int4.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -11,6 +16,12 @@ MAX_COPIES = 64
 MAX_COPIES_ON_GPU = 1024  # its L2 cache holds 64 of a small model's
 _MEMORY_SHARE = 0.5  # of what is available, for the copies of a race on CPU; one of each in any case
 _LAYOUTS = 6  # all layouts of all candidates together take about so many times what the float weight takes
+_OVERFLOW = 1.2  # times what a cache holds
+_MOST_PACKED = 8  # times smaller than in float32, in 4 bits
+SETTLING = 3  # turns through its copies after which they stay: one or two do not displace what a cache holds
+_HALVINGS = 5
+_READINGS = 4
+_SURELY_FASTER = 1.5
 
 
 def copies_on_gpu(weight_bytes: int) -> int:
@@ -25,32 +36,57 @@ def copies_on_gpu(weight_bytes: int) -> int:
 
 
 def bytes_between(model_bytes: int | None) -> int:
-    """The bytes of weights that a CPU reads from when a layer's weight was used until it is used again.
+    """The bytes of float weights that a CPU reads from when a layer's weight was used until it is used again.
 
-    Those of the model, rounded up to a power of two for timings to be of use to models of about its size; if they
-    overflow the last-level cache, or are not known, what is enough to overflow it.
+    Those of the model, rounded up to a power of two for timings to be of use to models of about its size; if these
+    overflow the last-level cache whatever the candidate, or are not known, what is enough to do so.
     """
-    enough = _enough_to_overflow()
+    enough = int(_OVERFLOW * _MOST_PACKED * last_level_cache_bytes())
     return enough if model_bytes is None else min(enough, 1 << max(model_bytes - 1, 1).bit_length())
 
 
-def _enough_to_overflow() -> int:
-    return int(1.2 * last_level_cache_bytes())
-
-
 def copies(between: int, weight_bytes: int, bytes_a_round: float) -> int:
-    """So many copies of each weight that it is as cold as in a model with `between` bytes of weights: from 2 to 64.
+    """So many copies of each weight that a float one is as cold as in a model of `between` bytes: from 2 to 64.
 
     A batch of quick calls goes round an arm's copies by itself, so there are as many as such layers fill the model
-    with. But if the model stays in the last-level cache, so do the copies of all arms; else they overflow it. There are
-    fewer where memory is short.
+    with. But if the float model stays in the last-level cache, so do the copies of all arms; else they overflow it.
+    There are fewer where memory is short.
     """
-    if between >= _enough_to_overflow():
-        wanted = between / bytes_a_round
-    else:
-        wanted = min(between / weight_bytes, 0.5 * last_level_cache_bytes() / bytes_a_round)
-    found = max(2, min(MAX_COPIES, math.ceil(wanted)))
+    room = 0.5 * resident_bytes() if stays(between) else _OVERFLOW * last_level_cache_bytes()
+    found = max(2, min(MAX_COPIES, math.ceil(min(between / weight_bytes, room / bytes_a_round))))
     return max(1, int(min(found, _MEMORY_SHARE * _available_bytes() / bytes_a_round)))
+
+
+def stays(model_bytes: float) -> bool:
+    """Whether a model whose weights take so many bytes finds them in the last-level cache at each call."""
+    return model_bytes <= resident_bytes()
+
+
+@functools.cache
+def resident_bytes() -> int:
+    """How much of what is read over and over stays in the last-level cache, as found by reading; takes half a second.
+
+    A virtual machine gets less than what Linux names (an eighth was seen), and others use it at the same time. It is
+    the largest of that and its halves that are surely read faster than memory; if none is, or if memory is too short
+    to tell, what is named.
+    """
+    named = last_level_cache_bytes()
+    beyond = 2 * named
+    if beyond > _available_bytes() / 4:
+        return named
+    buffer = torch.ones(beyond // 4)
+
+    def seconds_a_byte(size: int) -> float:
+        part, seconds = buffer[: size // 4], []
+        for _ in range(_READINGS):
+            began = time.perf_counter()
+            part.sum()
+            seconds.append(time.perf_counter() - began)
+        return min(seconds) / size
+
+    memory = seconds_a_byte(beyond)
+    sizes = (named >> halved for halved in range(_HALVINGS))
+    return next((size for size in sizes if seconds_a_byte(size) < memory / _SURELY_FASTER), named)
 
 
 def _available_bytes() -> float:

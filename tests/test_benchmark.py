@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,18 +54,75 @@ def test_the_shapes_of_a_layer() -> None:
 
 def test_weights_are_as_cold_as_the_model_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coldness, "last_level_cache_bytes", lambda: 1000)
-    sizes = (None, 5000, 1200, 1025, 1024, 257, 256, 1)
-    assert [coldness.bytes_between(size) for size in sizes] == [*[1200] * 4, 1024, 512, 256, 2]
+    monkeypatch.setattr(coldness, "resident_bytes", lambda: 1000)
+    sizes = (None, 50_000, 9000, 1025, 1024, 257, 256, 1)
+    assert [coldness.bytes_between(size) for size in sizes] == [*[9600] * 3, 2048, 1024, 512, 256, 2]
     monkeypatch.setattr(coldness, "_available_bytes", lambda: math.inf)
     in_memory = [(1, 1), (1, 100), (1, 400), (1, 600), (1, 1e9)]
-    assert [coldness.copies(1200, *sizes) for sizes in in_memory] == [64, 12, 3, 2, 2]
+    assert [coldness.copies(9600, *sizes) for sizes in in_memory] == [64, 12, 3, 2, 2]
+    assert coldness.copies(9600, 3200, 100) == 3  # as many as the model has
     in_cache = [(10, 40), (10, 20), (1, 4), (200, 800), (2, 500)]
     assert [coldness.copies(256, *sizes) for sizes in in_cache] == [13, 25, 64, 2, 2]
     monkeypatch.setattr(coldness, "_available_bytes", lambda: 800.0)
     assert [coldness.copies(1200, 1, size) for size in (100, 300, 1e9)] == [4, 1, 1]
+    assert coldness.copies(64, 1, 800) == 1
     monkeypatch.undo()
     assert coldness.last_level_cache_bytes() >= 1 << 15
     assert coldness._available_bytes() > 1 << 20
+
+
+def test_what_stays_in_the_cache_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coldness, "last_level_cache_bytes", lambda: 8 << 20)
+    measured = coldness.resident_bytes.__wrapped__
+    assert measured() in [(8 << 20) >> halved for halved in range(5)]
+    seconds, now = dict.fromkeys([16, 8, 4, 2], 10.0) | {1: 5.0}, 0.0  # by MiB, for each: memory is twice as slow
+
+    def read(part: Tensor) -> None:
+        nonlocal now
+        now += part.nbytes * seconds.get(part.nbytes >> 20, 1.0)
+
+    monkeypatch.setattr(Tensor, "sum", read)
+    monkeypatch.setattr(coldness.time, "perf_counter", lambda: now)
+    assert measured() == 1 << 20
+    seconds |= {4: 6.0}
+    assert measured() == 4 << 20
+    seconds = dict.fromkeys([16, 8, 4, 2, 1], 1.0)  # nothing is faster than memory
+    assert measured() == 8 << 20
+    monkeypatch.setattr(coldness, "_available_bytes", lambda: 63 << 20)  # too short to tell
+    seconds |= {4: 0.1}
+    assert measured() == 8 << 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "resident", "warm"),
+    [
+        (4, 2048, {"none", "bf16", "int8_weight_only"}),
+        (4, 2047, {"bf16", "int8_weight_only"}),
+        (4, 1000, {"int8_weight_only"}),
+        (4, 100, set()),
+        (4, 1 << 20, set()),  # all copies of all arms stay
+        (1024, 1000, set()),  # reading the weight takes little of the time
+    ],
+)
+def test_arms_are_as_warm_as_in_a_model_of_their_own(
+    rows: int, resident: int, warm: set[str], timer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coldness, "resident_bytes", lambda: resident)
+    raced: list[timing.Arm] = []
+    race = timing.race
+
+    def seen(arms: Sequence[timing.Arm], **settings: Any) -> Any:
+        raced.extend(arms)
+        return race(arms, **settings)
+
+    monkeypatch.setattr(timing, "race", seen)
+    shape = replace(SHAPE, rows=rows)
+    measure({shape: contenders("none", "bf16", "int8_weight_only")}, ENVIRONMENT, None, model_bytes=2048)
+    assert {arm.group for arm in raced if arm.before} == warm
+    assert {arm.group for arm in raced if not arm.before}.isdisjoint(warm)
+    for arm in raced:
+        if arm.before:
+            arm.before()
 
 
 def test_what_is_cached_is_not_timed_again(timer: Any) -> None:

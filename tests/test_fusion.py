@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoplan import Budget, Plan, PlanCache, apply_plan, benchmark, make_plan, record, timing
+from autoplan import Budget, Plan, PlanCache, apply_plan, benchmark, coldness, make_plan, record, timing
 from autoplan.arms import Contender
 from autoplan.benchmark import APART, measure
 from autoplan.candidates import find_candidate
@@ -136,7 +136,7 @@ def test_a_plan_file_that_lies_about_its_programs_is_refused(timer: Any) -> None
 @pytest.mark.parametrize("name", ["int8_dynamic/onednn_u8s8", "int8_weight_only/int8pack", "int4_g32/int4pack"])
 def test_a_real_race(mode: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "_RACE_SECONDS", 0.3)
-    monkeypatch.setattr(benchmark, "_MAX_COPIES", 3)
+    monkeypatch.setattr(coldness, "MAX_COPIES", 3)
     candidate, kernel = name.split("/")
     parts = (Part(candidate, 32, True, kernel), Part(candidate, 16, False, kernel))
     shape = Shape(4, 64, 48, True, "float32", "float32", "cpu", mode, parts)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoplan import PlanCache, apply_plan, graphs, make_plan, record
+from autoplan import Budget, PlanCache, apply_plan, graphs, make_plan, record
 from workbench.workloads import TABLES, Input, Output, Scenario, Workload
 
 BASELINE = "float32 eager"
@@ -311,7 +311,7 @@ def plan_cache() -> PlanCache:
     return PlanCache(os.environ.get("AUTOPLAN_CACHE"))
 
 
-def autoplan(budget: str, dtype: torch.dtype | None = None) -> Make:
+def autoplan(budget: str | Budget, dtype: torch.dtype | None = None) -> Make:
     """One plan for all scenarios."""
 
     def make(work: Workload) -> Made:
@@ -349,6 +349,7 @@ PEERS = (
     Peer(OURS, autoplan("balanced"), TABLES),
     Peer("autoplan high", autoplan("high")),
     Peer("autoplan lossless", autoplan("lossless"), ["decoder"]),
+    Peer("autoplan, divergence 0.06", autoplan(Budget(divergence=0.06)), ["decoder"]),  # about that of torchao's int4
     Peer("autoplan balanced, given bfloat16", autoplan("balanced", BF16), ["minilm-32x64", "language-model"]),
     Peer("autoplan high, given bfloat16", autoplan("high", BF16)),
     Peer("bfloat16 eager", plain(BF16, compiled=False)),

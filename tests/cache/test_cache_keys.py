@@ -153,11 +153,11 @@ def test_another_shape_is_a_miss(cache: PlanCache, timer: Any, name: str) -> Non
     assert timer.races == 2
 
 
-@pytest.mark.parametrize("setting", ["MARGIN", "_MAX_COPIES"])
+@pytest.mark.parametrize("setting", ["benchmark.MARGIN", "coldness.MAX_COPIES"])
 def test_another_timer_setting_is_a_miss(
     cache: PlanCache, timer: Any, monkeypatch: pytest.MonkeyPatch, setting: str
 ) -> None:
-    monkeypatch.setattr(benchmark, setting, 3)
+    monkeypatch.setattr(f"autoplan.{setting}", 3)
     measure({SHAPE: PLAIN}, here(), cache)
     assert timer.races == 2
 

@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(scope="module", autouse=True)
 def brisk() -> Iterator[None]:
     """Layers so small leave nothing for a second thread to do, and need no copies to leave the caches."""
-    from autoplan import benchmark
+    from autoplan import coldness
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "_MAX_COPIES", 2)
+        patch.setattr(coldness, "MAX_COPIES", 2)
         yield
     torch.set_num_threads(threads)
