@@ -150,19 +150,11 @@ class Arms:
             start += part.out_features
 
     def bytes_held(self, contender: Contender | None) -> int:
-        """Of one copy of the weight: as the contender's candidate stores it, or the baseline of the race for None."""
-        if contender is None and not self.shape.parts:
+        """Of one copy of the weight: as the contender's candidate stores it; of the plain one for None."""
+        if contender is None:
             return self.weight.numel() * self.x.itemsize
-        whole = slice(0, self.shape.out_features)
-        stored = (
-            [_Part(contender, whole, None)]
-            if contender is not None
-            else [
-                _Part(Contender(find_candidate(p.candidate), find_kernel(p.kernel)), at, None)
-                for p, at in self._parts()
-            ]
-        )
-        return sum(packing.nbytes(list(self._canonical(part).values())) for part in stored)
+        whole = _Part(contender, slice(0, self.shape.out_features), None)
+        return packing.nbytes(list(self._canonical(whole).values()))
 
     def _bias(self, part: Part, rows: slice) -> Tensor | None:
         return self.bias[rows].clone() if part.has_bias and self.bias is not None else None

@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import sys
+import time
 import types
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,6 @@ BASELINE = ("none", "linear")
 APART = ("apart", "one by one")  # that of a shape with parts
 MARGIN = 0.02
 _BUCKETS: list[int] = sorted({*range(1, 17), *(2**k for k in range(5, 24)), *(3 * 2 ** (k - 1) for k in range(4, 24))})
-_MANY_ROWS = 1024  # use a weight so often that reading it, be it from memory, takes little of their time
 _RACE_SECONDS = 6.0  # what takes longer tells kernels apart that are as good as equal
 _PASSING = ("OutOfMemory", "MemoryError", "allocate memory", "Inductor", "CompileError")  # in notes of what may pass
 _HOPELESS = 2.0  # times the time of the candidate's best kernel
@@ -279,14 +279,16 @@ def _race(
             except Exception as error:  # a result like an exception while it is timed: the report tells it
                 failures[key] = _failure(error)
         baseline = "/".join(first)
-        bytes_a_round = weight.nbytes * (1 + len(makers) / 2)
         copies = (
-            coldness.copies_on_gpu(weight.nbytes) if on_gpu else coldness.copies(between, weight.nbytes, bytes_a_round)
+            coldness.copies_on_gpu(weight.nbytes)
+            if on_gpu
+            else coldness.copies(between, weight.nbytes, weight.nbytes * (1 + len(makers) / 2))
         )
         arms = _dealt(makers, first, copies, random.Random(seed), failures)
-        if not on_gpu and shape.rows < _MANY_ROWS and not coldness.stays(copies * bytes_a_round):
-            by_name = {"/".join((c.candidate.name, c.kernel.name)): c for c in contenders} | {baseline: None}
-            arms = [_as_warm(arm, arms_of.bytes_held(by_name[arm.name]) / weight.nbytes * between) for arm in arms]
+        if not on_gpu:
+            by_name: dict[str, Contender | None] = {"/".join((c.candidate.name, c.kernel.name)): c for c in contenders}
+            by_name[baseline] = contenders[0] if shape.parts else None
+            arms = [_as_warm(arm, arms_of.bytes_held(by_name[arm.name]), between / weight.nbytes) for arm in arms]
         calls, notes = 1, dict[str, str]()
         if on_gpu and shape.mode == COMPILED:
             arms, calls, notes = on_graphs(arms, baseline)
@@ -316,9 +318,22 @@ def _race(
     return [measurement for measurement in measured if (measurement.candidate, measurement.kernel) in wanted]
 
 
-def _as_warm(arm: timing.Arm, model_bytes: float) -> timing.Arm:
-    """The arm as in a model of layers like it: where a cache holds that, it holds other arms' copies at each turn."""
-    return replace(arm, before=_turns(arm, coldness.SETTLING)) if coldness.stays(model_bytes) else arm
+def _as_warm(arm: timing.Arm, weight_bytes: int, layers: float) -> timing.Arm:
+    """The arm as in a model of so many layers like it: if a cache holds these, they are there before each sample.
+
+    The other arms' have driven them out. What reads its weight slowly anyway is not called again for that.
+    """
+    if not coldness.stays(weight_bytes * layers):
+        return arm
+
+    def settle() -> None:
+        for call in itertools.chain.from_iterable(itertools.repeat(arm.calls, coldness.SETTLING)):
+            began = time.perf_counter()
+            call()
+            if time.perf_counter() - began > weight_bytes / coldness.SLOW:
+                return
+
+    return replace(arm, before=settle)
 
 
 def _failure(error: Exception) -> str:

@@ -19,6 +19,7 @@ _LAYOUTS = 6  # all layouts of all candidates together take about so many times 
 _OVERFLOW = 1.2  # times what a cache holds
 _MOST_PACKED = 8  # times smaller than in float32, in 4 bits
 SETTLING = 3  # turns through its copies after which they stay: one or two do not displace what a cache holds
+SLOW = 5e9  # bytes of weight in a second: what reads fewer does not wait for them
 _HALVINGS = 5
 _READINGS = 4
 _SURELY_FASTER = 1.5
@@ -46,14 +47,13 @@ def bytes_between(model_bytes: int | None) -> int:
 
 
 def copies(between: int, weight_bytes: int, bytes_a_round: float) -> int:
-    """So many copies of each weight that a float one is as cold as in a model of `between` bytes: from 2 to 64.
+    """So many copies of each weight as a model of `between` bytes has of such layers: from 2 to 64.
 
-    A batch of quick calls goes round an arm's copies by itself, so there are as many as such layers fill the model
-    with. But if the float model stays in the last-level cache, so do the copies of all arms; else they overflow it.
-    There are fewer where memory is short.
+    A batch of quick calls goes round an arm's copies by itself. There are less if those of all arms overflow the
+    last-level cache with fewer, or where memory is short.
     """
-    room = 0.5 * resident_bytes() if stays(between) else _OVERFLOW * last_level_cache_bytes()
-    found = max(2, min(MAX_COPIES, math.ceil(min(between / weight_bytes, room / bytes_a_round))))
+    enough = _OVERFLOW * last_level_cache_bytes() / bytes_a_round
+    found = max(2, min(MAX_COPIES, math.ceil(min(between / weight_bytes, enough))))
     return max(1, int(min(found, _MEMORY_SHARE * _available_bytes() / bytes_a_round)))
 
 

@@ -61,11 +61,10 @@ def test_weights_are_as_cold_as_the_model_makes_them(monkeypatch: pytest.MonkeyP
     in_memory = [(1, 1), (1, 100), (1, 400), (1, 600), (1, 1e9)]
     assert [coldness.copies(9600, *sizes) for sizes in in_memory] == [64, 12, 3, 2, 2]
     assert coldness.copies(9600, 3200, 100) == 3  # as many as the model has
-    in_cache = [(10, 40), (10, 20), (1, 4), (200, 800), (2, 500)]
-    assert [coldness.copies(256, *sizes) for sizes in in_cache] == [13, 25, 64, 2, 2]
+    few_layers = [(100, 1), (1000, 1), (10, 40), (10, 4)]
+    assert [coldness.copies(256, *sizes) for sizes in few_layers] == [3, 2, 26, 26]
     monkeypatch.setattr(coldness, "_available_bytes", lambda: 800.0)
     assert [coldness.copies(1200, 1, size) for size in (100, 300, 1e9)] == [4, 1, 1]
-    assert coldness.copies(64, 1, 800) == 1
     monkeypatch.undo()
     assert coldness.last_level_cache_bytes() >= 1 << 15
     assert coldness._available_bytes() > 1 << 20
@@ -94,18 +93,16 @@ def test_what_stays_in_the_cache_is_measured(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("rows", "resident", "warm"),
+    ("resident", "warm"),
     [
-        (4, 2048, {"none", "bf16", "int8_weight_only"}),
-        (4, 2047, {"bf16", "int8_weight_only"}),
-        (4, 1000, {"int8_weight_only"}),
-        (4, 100, set()),
-        (4, 1 << 20, set()),  # all copies of all arms stay
-        (1024, 1000, set()),  # reading the weight takes little of the time
+        (2048, {"none", "bf16", "int8_weight_only"}),
+        (2047, {"bf16", "int8_weight_only"}),
+        (1000, {"int8_weight_only"}),
+        (100, set()),
     ],
 )
 def test_arms_are_as_warm_as_in_a_model_of_their_own(
-    rows: int, resident: int, warm: set[str], timer: Any, monkeypatch: pytest.MonkeyPatch
+    resident: int, warm: set[str], timer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coldness, "resident_bytes", lambda: resident)
     raced: list[timing.Arm] = []
@@ -116,13 +113,21 @@ def test_arms_are_as_warm_as_in_a_model_of_their_own(
         return race(arms, **settings)
 
     monkeypatch.setattr(timing, "race", seen)
-    shape = replace(SHAPE, rows=rows)
-    measure({shape: contenders("none", "bf16", "int8_weight_only")}, ENVIRONMENT, None, model_bytes=2048)
+    measure({SHAPE: contenders("none", "bf16", "int8_weight_only")}, ENVIRONMENT, None, model_bytes=2048)
     assert {arm.group for arm in raced if arm.before} == warm
     assert {arm.group for arm in raced if not arm.before}.isdisjoint(warm)
-    for arm in raced:
-        if arm.before:
-            arm.before()
+
+
+def test_what_reads_its_weight_slowly_is_not_called_to_warm_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    arm = timing.Arm("a", "a", [lambda: called.append("first"), lambda: called.append("second")])
+    for bytes_a_second, calls in ((1e-9, ["first", "second"] * coldness.SETTLING), (1e30, ["first"])):
+        monkeypatch.setattr(coldness, "SLOW", bytes_a_second)
+        called.clear()
+        settle = benchmark._as_warm(arm, 10, 2.0).before
+        assert settle is not None
+        settle()
+        assert called == calls
 
 
 def test_what_is_cached_is_not_timed_again(timer: Any) -> None:
