@@ -48,7 +48,7 @@ void quantize(const Input& from, int64_t row, int64_t in_features, char* codes, 
   });
 }
 
-// Weights as strips of int8 tiles. `strip(s, scratch, &start)` is the s-th one; `start` are its sums' first values.
+// Weights as strips of int8 tiles. A thread takes its `Strips` one after another; `start` are a strip's sums' first values.
 
 struct Int8Weight {
   static constexpr int64_t FEW_ROWS = 4;
@@ -60,10 +60,19 @@ struct Int8Weight {
 
   int64_t groups() const { return 0; }  // with sums of their own
   int64_t scratch_bytes() const { return 0; }
-  const char* strip(int64_t s, char*, const int32_t** start) const {
+  const char* strip(int64_t s, const int32_t** start) const {
     *start = starts + s * STRIP;
     return tiles + s * strip_bytes;
   }
+
+  struct Strips {  // which are ready as they are
+    const Int8Weight& weight;
+
+    Strips(const Int8Weight& weight, char*) : weight(weight) {}
+    const char* take(int64_t s, const int32_t** start) { return weight.strip(s, start); }
+    void prepare(int64_t, int64_t) {}
+    void step() {}
+  };
 };
 
 Int8Weight int8_weight(const Packed& packed) {
@@ -111,62 +120,95 @@ struct GroupedWeight {
 
   int64_t column_bytes() const { return in_features / STEP * STEP_BYTES; }
   int64_t groups() const { return in_features / group_size; }
-  int64_t scratch_bytes() const { return strip_bytes + STRIP * 4; }
-  const char* strip(int64_t s, char* scratch, const int32_t** start) const {
-    int32_t* const sums = (int32_t*)(scratch + strip_bytes);
-    for (int64_t half = 0; half < 2; half++)
-      tiles(2 * s + half, scratch + half * strip_bytes / 2, sums + 16 * half);
-    *start = sums;
-    return scratch;
-  }
+  int64_t scratch_bytes() const { return 2 * (strip_bytes + STRIP * 4); }
 
- private:
-  void tiles(int64_t column, char* to, int32_t* sums) const {
-    const char *line = lines + column * column_bytes(), *const end = to + strip_bytes / 2;
-    const __m512 units = _mm512_div_ps(_mm512_set1_ps(256), _mm512_loadu_ps(scale + column * 16));
-    [[maybe_unused]] __m512i sum = _mm512_setzero_si512();
-    const auto put = [&](__m512i codes) {
-      _mm512_store_si512(to, codes);
-      to += 64;
-#ifndef __AMX_INT8__
-      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8((char)128), codes);
-#endif
-    };
-    const __m512i mask = _mm512_set1_epi16(((1 << BITS) - 1) << 7);
-    for (int64_t g = 0; g < groups(); g++) {
+  // One thread's strips, each unpacked while the one before is multiplied: tiles leave the vector units idle.
+  class Strips {
+   public:
+    Strips(const GroupedWeight& weight, char* scratch) : w_(weight), scratch_(scratch) {}
+
+    // The strip that was prepared; the first one was not.
+    const char* take(int64_t s, const int32_t** start) {
+      if (s != s_) prepare(s, 1);
+      while (left_ > 0) unpack();
+      *start = (const int32_t*)(own_ + w_.strip_bytes);
+      return own_;
+    }
+
+    // From here on the s-th strip is unpacked, in so many steps.
+    void prepare(int64_t s, int64_t steps) {
+      own_ = own_ == scratch_ ? scratch_ + w_.scratch_bytes() / 2 : scratch_;
+      s_ = s, left_ = 2 * w_.groups(), steps_ = steps, due_ = 0;
+    }
+
+    inline __attribute__((always_inline)) void step() {
+      if (left_ <= 0) return;
+      for (due_ += 2 * w_.groups(); due_ >= steps_; due_ -= steps_) unpack();
+    }
+
+   private:
+    // One more group of one of the two columns.
+    void unpack() {
+      const int64_t groups = w_.groups(), half = left_ <= groups, g = 2 * groups - left_ - half * groups, column = 2 * s_ + half;
+      if (g == 0) {
+        line_ = w_.lines + column * w_.column_bytes(), to_ = own_ + half * w_.strip_bytes / 2;
+        units_ = _mm512_div_ps(_mm512_set1_ps(256), _mm512_loadu_ps(w_.scale + column * 16));
+        sum_ = _mm512_setzero_si512();
+      }
       // In 16-bit lanes: 2^7 (code - zero_point) times 2^8 scale, of which mulhrs gives the rounded 2^-15th.
-      const int64_t at = (column * groups() + g) * 16;
-      const __m512i factor = twice(_mm512_cvtps_epi32(_mm512_mul_ps(load<BFLOAT16>(group_scale, at), units)));
-      const __m512i zero = _mm512_slli_epi16(twice(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(zero_point + at)))), 7);
+      const int64_t at = (column * groups + g) * 16;
+      const __m512i mask = _mm512_set1_epi16(((1 << BITS) - 1) << 7);
+      const __m512i factor = twice(_mm512_cvtps_epi32(_mm512_mul_ps(load<BFLOAT16>(w_.group_scale, at), units_)));
+      const __m512i zero = _mm512_slli_epi16(twice(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(w_.zero_point + at)))), 7);
       const auto code = [&](__m512i moved) {
         return _mm512_mulhrs_epi16(_mm512_sub_epi16(_mm512_and_si512(moved, mask), zero), factor);
       };
-      const auto bytes = [](__m512i even, __m512i odd) {
-        return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, even, _mm512_slli_epi16(odd, 8));
+      const auto put = [&](__m512i even, __m512i odd) {
+        put_line(_mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, code(even), _mm512_slli_epi16(code(odd), 8)));
       };
-      for (int64_t k = 0; k < group_size; k += STEP, line += STEP_BYTES) {
-        for (int64_t own = 0; own < STEP_BYTES; own += 64) _mm_prefetch(line + AHEAD + own, _MM_HINT_T0);
-        const UpperBits<BITS> upper(line + 64 * LINES);
+      for (const char* const end = line_ + w_.group_size / STEP * STEP_BYTES; line_ < end; line_ += STEP_BYTES) {
+        for (int64_t own = 0; own < STEP_BYTES; own += 64) _mm_prefetch(line_ + AHEAD + own, _MM_HINT_T0);
+        const UpperBits<BITS> upper(line_ + 64 * LINES);
 #pragma GCC unroll 4
         for (int j = 0; j < LINES; j++) {
-          const __m512i codes = _mm512_loadu_si512(line + 64 * j);
+          const __m512i codes = _mm512_loadu_si512(line_ + 64 * j);
           if constexpr (BITS == 4) {
-            put(bytes(code(_mm512_slli_epi16(codes, 7)), code(_mm512_srli_epi16(codes, 1))));
-            put(bytes(code(_mm512_slli_epi16(codes, 3)), code(_mm512_srli_epi16(codes, 5))));
+            put(_mm512_slli_epi16(codes, 7), _mm512_srli_epi16(codes, 1));
+            put(_mm512_slli_epi16(codes, 3), _mm512_srli_epi16(codes, 5));
           } else {
             const __m512i even = upper.over(codes, 2 * j), odd = upper.over(_mm512_srli_epi16(codes, 4), 2 * j + 1);
-            put(bytes(code(_mm512_slli_epi16(even, 7)), code(_mm512_srli_epi16(even, 1))));
-            put(bytes(code(_mm512_slli_epi16(odd, 7)), code(_mm512_srli_epi16(odd, 1))));
+            put(_mm512_slli_epi16(even, 7), _mm512_srli_epi16(even, 1));
+            put(_mm512_slli_epi16(odd, 7), _mm512_srli_epi16(odd, 1));
           }
         }
       }
-    }
-    while (to < end) put(_mm512_setzero_si512());
+      left_--;
+      if (g + 1 < groups) return;
+      for (const char* const end = own_ + (half + 1) * w_.strip_bytes / 2; to_ < end;) put_line(_mm512_setzero_si512());
 #ifndef __AMX_INT8__
-    _mm512_storeu_si512(sums, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+      _mm512_storeu_si512(own_ + w_.strip_bytes + 64 * half, _mm512_sub_epi32(_mm512_setzero_si512(), sum_));
 #endif
-  }
+    }
 
+    inline __attribute__((always_inline)) void put_line(__m512i codes) {
+      _mm512_store_si512(to_, codes);
+      to_ += 64;
+#ifndef __AMX_INT8__
+      sum_ = _mm512_dpbusd_epi32(sum_, _mm512_set1_epi8((char)128), codes);
+#endif
+    }
+
+    const GroupedWeight& w_;
+    char* const scratch_;
+    char* own_ = nullptr;
+    const char* line_ = nullptr;
+    char* to_ = nullptr;
+    __m512 units_;
+    __m512i sum_;
+    int64_t s_ = -1, left_ = 0, steps_ = 1, due_ = 0;  // groups that are left
+  };
+
+ private:
   static __m512i twice(__m512i lanes) { return _mm512_or_si512(lanes, _mm512_slli_epi32(lanes, 16)); }
 };
 
@@ -201,6 +243,7 @@ void run_many(const Input& x, const Weight& weight, Epilogue e, int64_t rows, in
                                 row_scale + r);
     };
     Products<Int8, DTYPE> products(e, rows);
+    typename Weight::Strips own_strips(weight, unpacked);
     if (!by_rows) {
       quantize_rows(rows * thread / team, rows * (thread + 1) / team, 0);
 #pragma omp barrier
@@ -212,10 +255,12 @@ void run_many(const Input& x, const Weight& weight, Epilogue e, int64_t rows, in
         const int64_t s = strip_at(e, n, strips);
         products.channels(s * STRIP);
         const int32_t* start;
-        const char* const strip = weight.strip(s, unpacked, &start);
+        const char* const strip = own_strips.take(s, &start);
+        if (n + 1 < right || last < end)
+          own_strips.prepare(strip_at(e, n + 1 < right ? n + 1 : left, strips), (last - b) * steps);
         for (int64_t i = b; i < last; i++) {
           const int64_t row = i * BLOCK_ROWS, count = rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS;
-          products.add(own + (i - origin) * block_bytes, row, count, strip, steps, start);
+          products.add(own + (i - origin) * block_bytes, row, count, strip, steps, start, [&] { own_strips.step(); });
         }
       }
       if (by_rows && e.norm.residual) {  // as long as they are in a cache
@@ -453,10 +498,10 @@ void run_pair(const Input& x, const Packed& first, const Packed& second, Epilogu
       for (int64_t s = 0; s < ceil_div(packed.out_features, STRIP); s++) {
         products.channels(s * STRIP);
         const int32_t* start;
-        const char* const strip = weights[layer].strip(s, nullptr, &start);
+        const char* const strip = weights[layer].strip(s, &start);
         for (int64_t r = row; r < end; r += BLOCK_ROWS)
           products.add(codes + (r - row) * steps[layer] * 64, layer ? r : r - row, end - r < BLOCK_ROWS ? end - r : BLOCK_ROWS, strip,
-                       steps[layer], start);
+                       steps[layer], start, [] {});
       }
     };
     const int64_t first_block = blocks * thread / team, last_block = blocks * (thread + 1) / team;

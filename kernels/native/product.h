@@ -422,12 +422,17 @@ class Products {
     }
   }
 
-  void add(const char* block, int64_t row, int64_t rows, const char* strip, int64_t steps, const int32_t* start) {
+  // `meanwhile` is called at each step, where there is time for more.
+  template <class Meanwhile>
+  void add(const char* block, int64_t row, int64_t rows, const char* strip, int64_t steps, const int32_t* start, Meanwhile meanwhile) {
     char* const y = next_->to.y + row * next_->to.line;
     if (!streams_)  // the lines that this will be written to
       for (int64_t r = 0; r < rows; r++) __builtin_prefetch(y + r * next_->to.line, 1, 3);
     const int64_t piece = ceil_div(left_, steps);
-    multiply<Kind>(block, rows, strip, steps, steps, start, product_[turn_], [&] { finish(piece); });
+    multiply<Kind>(block, rows, strip, steps, steps, start, product_[turn_], [&] {
+      finish(piece);
+      meanwhile();
+    });
     finish(left_);
     last_ = product_[turn_], turn_ = 1 - turn_;
     own_ = next_, y_ = y, left_ = rows;

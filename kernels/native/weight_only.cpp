@@ -172,7 +172,7 @@ void run_many(const Input& x, const Weight& w, const Epilogue& e, int64_t rows, 
         products.channels(s * STRIP);
         for (int64_t i = b; i < last; i++) {
           const int64_t row = i * BLOCK_ROWS, count = rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS;
-          products.add(panels + (i - b) * block_bytes, row, count, strip, steps, nullptr);
+          products.add(panels + (i - b) * block_bytes, row, count, strip, steps, nullptr, [] {});
         }
       }
 #pragma omp barrier
