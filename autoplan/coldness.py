@@ -49,8 +49,8 @@ def bytes_between(model_bytes: int | None) -> int:
 def copies(between: int, weight_bytes: int, bytes_a_round: float) -> int:
     """So many copies of each weight as a model of `between` bytes has of such layers: from 2 to 64.
 
-    A batch of quick calls goes round an arm's copies by itself. There are less if those of all arms overflow the
-    last-level cache with fewer, or where memory is short.
+    A batch of quick calls goes round an arm's copies by itself. There are fewer where these overflow the last-level
+    cache, all arms' together, or where memory is short.
     """
     enough = _OVERFLOW * last_level_cache_bytes() / bytes_a_round
     found = max(2, min(MAX_COPIES, math.ceil(min(between / weight_bytes, enough))))
@@ -64,17 +64,17 @@ def stays(model_bytes: float) -> bool:
 
 @functools.cache
 def resident_bytes() -> int:
-    """How much of what is read over and over stays in the last-level cache, as found by reading; takes half a second.
+    """How much of what is read over and over stays in the last-level cache, as found by reading for some 0.4 seconds.
 
     A virtual machine gets less than what Linux names (an eighth was seen), and others use it at the same time. It is
     the largest of that and its halves that are surely read faster than memory; if none is, or if memory is too short
     to tell, what is named.
     """
     named = last_level_cache_bytes()
-    beyond = 2 * named
+    beyond = int(_OVERFLOW * named)
     if beyond > _available_bytes() / 4:
         return named
-    buffer = torch.ones(beyond // 4)
+    buffer = torch.ones(beyond // 4, dtype=torch.float32, device="cpu")
 
     def seconds_a_byte(size: int) -> float:
         part, seconds = buffer[: size // 4], []
