@@ -261,9 +261,8 @@ def _race(
 ) -> list[Measurement]:
     """One race, with copies of each weight, so many that it is as cold as in a model with `between` bytes of weights.
 
-    On a CPU, arms of a candidate with which these stay in a cache are called some times before each sample.
-
-    At a shape with parts, the baseline is the parts one after another, and a contender the product of all.
+    On a CPU, arms of a candidate with which these stay in a cache are called some times before each sample. At a shape
+    with parts, the baseline is the parts one after another, and a contender the product of all.
     """
     shape, weight = arms_of.shape, arms_of.weight
     on_gpu, first = shape.device == "cuda", APART if shape.parts else BASELINE

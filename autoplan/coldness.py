@@ -14,15 +14,15 @@ import torch
 
 MAX_COPIES = 64
 MAX_COPIES_ON_GPU = 1024  # its L2 cache holds 64 of a small model's
+SETTLING = 3  # turns through its copies after which they stay: one or two do not displace what a cache holds
+SLOW = 5e9  # bytes of weight in a second: what reads fewer does not wait for them
 _MEMORY_SHARE = 0.5  # of what is available, for the copies of a race on CPU; one of each in any case
 _LAYOUTS = 6  # all layouts of all candidates together take about so many times what the float weight takes
 _OVERFLOW = 1.2  # times what a cache holds
 _MOST_PACKED = 8  # times smaller than in float32, in 4 bits
-SETTLING = 3  # turns through its copies after which they stay: one or two do not displace what a cache holds
-SLOW = 5e9  # bytes of weight in a second: what reads fewer does not wait for them
-_HALVINGS = 5
-_READINGS = 4
-_SURELY_FASTER = 1.5
+_HALVINGS = 5  # sizes that are tried, from what is named down
+_READINGS = 4  # of each, of which the quickest counts
+_SURELY_FASTER = 1.5  # times as fast as memory: from a cache
 
 
 def copies_on_gpu(weight_bytes: int) -> int:

@@ -54,7 +54,6 @@ def test_the_shapes_of_a_layer() -> None:
 
 def test_weights_are_as_cold_as_the_model_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coldness, "last_level_cache_bytes", lambda: 1000)
-    monkeypatch.setattr(coldness, "resident_bytes", lambda: 1000)
     sizes = (None, 50_000, 9000, 1025, 1024, 257, 256, 1)
     assert [coldness.bytes_between(size) for size in sizes] == [*[9600] * 3, 2048, 1024, 512, 256, 2]
     monkeypatch.setattr(coldness, "_available_bytes", lambda: math.inf)

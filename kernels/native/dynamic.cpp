@@ -203,9 +203,9 @@ struct GroupedWeight {
     char* own_ = nullptr;
     const char* line_ = nullptr;
     char* to_ = nullptr;
-    __m512 units_;
+    __m512 units_;  // of the column that is unpacked
     __m512i sum_;
-    int64_t s_ = -1, left_ = 0, steps_ = 1, due_ = 0;  // groups that are left
+    int64_t s_ = -1, left_ = 0, steps_ = 1, due_ = 0;  // the strip; its groups that are left; what is due, in steps_-ths of one
   };
 
  private:
