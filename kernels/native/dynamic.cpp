@@ -346,8 +346,11 @@ void few(const char* x, int64_t stride, const float* sums, const GroupedWeight<B
 template <class Weight, int DTYPE>
 void run_few(const Input& x, const Weight& w, Epilogue e, int64_t rows, int64_t in_features, int threads) {
   const int64_t stride = ceil_div(in_features, 64) * 64, groups = w.groups(), size = groups ? in_features / groups : 0;
-  char* const codes = scratch(rows * (stride + (groups + 1) * 4));
-  float *const sums = (float*)(codes + rows * stride), *const row_scale = sums + rows * groups;
+  const int64_t read = rows_read(rows);
+  char* const codes = scratch(read * (stride + (groups + 1) * 4));
+  float *const sums = (float*)(codes + read * stride), *const row_scale = sums + read * groups;
+  memset(codes + rows * stride, 0, (read - rows) * stride);
+  memset(sums + rows * groups, 0, (read - rows) * groups * 4);
   for (int64_t r = 0; r < rows; r++) {
     char* const own = codes + r * stride;
     quantize<Weight::dealt>(x, r, in_features, own, 64, w.dealt ? 0 : (char)128, row_scale + r);

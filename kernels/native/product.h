@@ -300,16 +300,24 @@ static inline void store_column(const Epilogue& e, int64_t row, int64_t count, i
   }
 }
 
+// More than half of COUNT rows are as many as COUNT: to multiply what lies behind them takes less than the weight again.
 template <int DTYPE, int COUNT, int STREAMS, class Sums>
 static inline void multiply_columns(const Epilogue& e, int64_t row, int64_t rows, int64_t column, int64_t apart, const Sums& sums) {
-  for (; row + COUNT <= rows; row += COUNT) {
+  for (; 2 * (rows - row) > COUNT; row += COUNT) {
     __m512 total[STREAMS][COUNT];
     sums(std::integral_constant<int, COUNT>(), std::integral_constant<int, STREAMS>(), row, column, apart, total);
     for (int s = 0; s < STREAMS; s++)
-      store_column<DTYPE>(e, row, COUNT, rows, column + s * apart, [&](int64_t r) { return total[s][r]; });
+      store_column<DTYPE>(e, row, std::min<int64_t>(COUNT, rows - row), rows, column + s * apart, [&](int64_t r) { return total[s][r]; });
   }
   if constexpr (COUNT > 1)
     if (row < rows) multiply_columns<DTYPE, COUNT / 2, STREAMS>(e, row, rows, column, apart, sums);
+}
+
+// The rows that multiply_columns reads, where it is given so many.
+static inline int64_t rows_read(int64_t rows) {
+  int64_t read = 1;
+  while (read < rows) read *= 2;
+  return read;
 }
 
 // Each thread takes output channels, STREAMS columns at a time: `begin()(streams, column, apart)`, begun once by each.

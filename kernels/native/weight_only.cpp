@@ -89,8 +89,11 @@ void few(const float* x, int64_t stride, const float* group_sums, const Weight& 
 template <class Kind, int DTYPE>
 void run_few(const Input& x, const Weight& w, const Epilogue& e, int64_t rows, int64_t in_features, int threads) {
   const int64_t groups = w.groups();
-  float* const values = (float*)scratch(rows * (w.in_features + groups) * 4);  // x in float32, and its sums per group
-  float* const sums = values + rows * w.in_features;
+  const int64_t read = rows_read(rows);
+  float* const values = (float*)scratch(read * (w.in_features + groups) * 4);  // x in float32, and its sums per group
+  float* const sums = values + read * w.in_features;
+  memset(values + rows * w.in_features, 0, (read - rows) * w.in_features * 4);
+  memset(sums + rows * groups, 0, (read - rows) * groups * 4);
   for (int64_t r = 0; r < rows; r++) {
     for (int64_t k = 0; k < w.in_features; k += 16)
       _mm512_storeu_ps(values + r * w.in_features + k,
