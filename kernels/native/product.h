@@ -93,11 +93,6 @@ static inline void multiply(const char* block, const char* strip, int64_t steps,
     _tile_zero(3);
   }
   for (int64_t k = 0; k < steps * TILE; k += TILE) {
-    if (PANELS == 1)  // few rows: waiting for weights is all there is, so ask for them early
-      for (int64_t line = 0; line < TILE; line += 64) {
-        _mm_prefetch(strip + k + 4 * TILE + line, _MM_HINT_T0);
-        _mm_prefetch(right + k + 4 * TILE + line, _MM_HINT_T0);
-      }
     _tile_loadd(4, block + k, 64);
     _tile_loadd(6, strip + k, 64);
     _tile_loadd(7, right + k, 64);
