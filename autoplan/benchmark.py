@@ -214,7 +214,7 @@ def candidate_digest(candidate: Candidate) -> str:
 
 def _fingerprint(shape: Shape, contender: Contender, environment: Mapping[str, Any], between: int) -> dict[str, Any]:
     most = coldness.MAX_COPIES_ON_GPU if shape.device == "cuda" else coldness.MAX_COPIES
-    timer = {"margin": MARGIN, "max_copies": most, "version": 4}
+    timer = {"margin": MARGIN, "max_copies": most, "version": 5}
     return {
         "environment": dict(environment),
         "shape": {key: value for key, value in asdict(shape).items() if key != "parts" or value},
@@ -287,7 +287,8 @@ def _race(
         if not on_gpu:
             by_name: dict[str, Contender | None] = {"/".join((c.candidate.name, c.kernel.name)): c for c in contenders}
             by_name[baseline] = contenders[0] if shape.parts else None
-            arms = [_as_warm(arm, arms_of.bytes_held(by_name[arm.name]), between / weight.nbytes) for arm in arms]
+            layers, slow = between / weight.nbytes, weight.nbytes / coldness.SLOW + coldness.ENTERED
+            arms = [_as_warm(arm, arms_of.bytes_held(by_name[arm.name]) * layers, slow) for arm in arms]
         calls, notes = 1, dict[str, str]()
         if on_gpu and shape.mode == COMPILED:
             arms, calls, notes = on_graphs(arms, baseline)
@@ -317,19 +318,20 @@ def _race(
     return [measurement for measurement in measured if (measurement.candidate, measurement.kernel) in wanted]
 
 
-def _as_warm(arm: timing.Arm, weight_bytes: int, layers: float) -> timing.Arm:
-    """The arm as in a model of so many layers like it: if a cache holds these, they are there before each sample.
+def _as_warm(arm: timing.Arm, model_bytes: float, slow: float) -> timing.Arm:
+    """The arm as in a model of so many bytes of layers like it: if a cache holds these, it does before each sample.
 
-    The other arms' have driven them out. What reads its weight slowly anyway is not called again for that.
+    The other arms' have driven them out. What takes more than `slow` seconds is not called again for that; by a limit
+    of each arm's own, the one with the fewest bytes would be the slow one where all take about as long.
     """
-    if not coldness.stays(weight_bytes * layers):
+    if not coldness.stays(model_bytes):
         return arm
 
     def settle() -> None:
         for call in itertools.chain.from_iterable(itertools.repeat(arm.calls, coldness.SETTLING)):
             began = time.perf_counter()
             call()
-            if time.perf_counter() - began > weight_bytes / coldness.SLOW:
+            if time.perf_counter() - began > slow:
                 return
 
     return replace(arm, before=settle)

@@ -15,7 +15,8 @@ import torch
 MAX_COPIES = 64
 MAX_COPIES_ON_GPU = 1024  # its L2 cache holds 64 of a small model's
 SETTLING = 3  # turns through its copies after which they stay: one or two do not displace what a cache holds
-SLOW = 5e9  # bytes of weight in a second: what reads fewer does not wait for them
+SLOW = 5e9  # bytes of the float weight in a second: what takes longer waits for something else than memory
+ENTERED = 50e-6  # seconds: what a call may cost besides, whatever its weight
 _MEMORY_SHARE = 0.5  # of what is available, for the copies of a race on CPU; one of each in any case
 _LAYOUTS = 6  # all layouts of all candidates together take about so many times what the float weight takes
 _OVERFLOW = 1.2  # times what a cache holds
