@@ -97,6 +97,17 @@ def _onednn(x: Tensor, packed: ops.Packed, bias: Tensor | None, dtype: torch.dty
     return y.to(dtype)
 
 
+def _onednn_input(spec: ops.LinearSpec) -> str | None:
+    """oneDNN takes halves where the CPU computes with them: many have bfloat16, few float16."""
+    takes = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if spec.dtype in takes and not takes[spec.dtype]():
+        return f"oneDNN has no {spec.dtype} on this CPU"
+    return _float_input(spec)
+
+
 ops.register_kernel(
     ops.Kernel(
         name="onednn",
@@ -107,7 +118,7 @@ ops.register_kernel(
             pack=lambda canonical: (torch.ops.mkldnn._reorder_linear_weight(canonical["weight"].contiguous(), None),),
             unpack=lambda packed: {"weight": packed[0].to_dense()},
         ),
-        supports=_float_input,
+        supports=_onednn_input,
         probe=_probe("onednn", lambda weight: {"weight": weight}),
         run=_onednn,
         inline=_onednn,

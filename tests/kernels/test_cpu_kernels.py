@@ -50,6 +50,9 @@ def supported(kernel: str, k: int, n: int, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("name", [*FLOAT, *INT8, *GROUPED, *FP8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_close_to_float64_on_odd_shapes(name: str, dtype: torch.dtype) -> None:
+    if (name, dtype) == ("onednn", torch.float16) and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        assert "float16" in (find_kernel(name).rejects(LinearSpec(64, 64, dtype)) or "")
+        pytest.skip("oneDNN has no float16 on this CPU")
     kernel, ran = find_kernel(name), 0
     for (k, n), rows, biased in itertools.product(SIZES, ROWS, (True, False)):
         if not supported(name, k, n, dtype):
