@@ -4,7 +4,8 @@
     autoplan demo > demo.txt                                                  # with an empty plan cache
     python benchmarks/readme.py benchmarks/results/<device> --demo demo.txt   # the report and the demo's figures too
 
-A block lies between `<!-- name: begin -->` and `<!-- name: end -->`.
+Of the other devices whose results lie beside that folder, it shows the workloads. A block lies between
+`<!-- name: begin -->` and `<!-- name: end -->`.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=README, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     tables = read(arguments.folder)
+    boards = sorted(arguments.folder.resolve().parent.glob("*/scoreboard.md"))
+    others = [board.parent for board in boards if board.parent != arguments.folder.resolve()]
     blocks = {
         "scoreboard": scoreboard(arguments.folder.resolve().name, tables),
-        "workloads": beside_the_fastest({name: tables[name] for name in TABLES if name in tables and name != FIRST}),
+        "workloads": "\n\n".join(
+            [workloads(tables, leaving_out=FIRST), *(workloads(read(folder)) for folder in others)]
+        ),
         "layers": layers(arguments.folder),
     }
     if arguments.demo:
@@ -93,6 +98,13 @@ def scoreboard(device: str, tables: Mapping[str, Sequence[Row]]) -> str:
 def that_matter(table: str) -> set[str]:
     """The peers of `make bench`."""
     return {peer.name for peer in PEERS if table in peer.matters}
+
+
+def workloads(tables: Mapping[str, Sequence[Row]], leaving_out: str | None = None) -> str:
+    """A machine's tables in one, in the usual order."""
+    shown = {name: tables[name] for name in TABLES if name in tables and name != leaving_out}
+    first = next(iter(shown.values()))[0]
+    return f"On {first['device']}, {first['threads']} threads, torch {first['torch']}:\n\n{beside_the_fastest(shown)}"
 
 
 def beside_the_fastest(tables: Mapping[str, Sequence[Row]]) -> str:
