@@ -1,6 +1,6 @@
 // Attention (Vaswani et al., "Attention Is All You Need", arXiv:1706.03762): of each head, for blocks of 32 rows,
-// softmax(q k^T * scale + mask) v. All scores of a block are in a core's caches at once; products are of bfloat16, and of
-// two for each float32; sums are in float32. Rows that the mask leaves nothing of become zero.
+// softmax(q k^T * scale + mask) v. All scores of a block are in a core's caches at once; products are of bfloat16, or of
+// float32 (on AMX tiles two of bfloat16 each); sums are in float32. Rows that the mask leaves nothing of become zero.
 //
 // What one unit of a core stores, another waits for until it is in the cache. So three blocks are on their way at a time,
 // and what a stage reads was stored two stages ago.
@@ -11,11 +11,20 @@ namespace {
 
 constexpr int64_t WIDTH = 32;  // bfloat16 values in a line of a tile
 
-// Tiles for each one of bfloat16. A float32 value is the sum of two bfloat16 ones and of 2^-17 of it, which is left out:
-// (a + b)(c + d) = ac + ad + bc, and bd, which is left out. So the rows of one side have tiles of a, a, b in turn, and the
-// columns of the other c, d, c (Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For
-// Higher-Precision Computations", arXiv:1904.06376).
-constexpr int64_t parts_of(int dtype) { return dtype == FLOAT32 ? 3 : 1; }
+#ifdef __AMX_BF16__
+constexpr bool SPLITS = true;
+#else
+constexpr bool SPLITS = false;
+#endif
+
+// Tiles for each one of bfloat16. Of float32 values, vector units take two. On AMX tiles a value is the sum of two bfloat16
+// ones and of 2^-17 of it, which is left out: (a + b)(c + d) = ac + ad + bc, and bd, which is left out. So the rows of one
+// side have tiles of a, a, b in turn, and the columns of the other c, d, c (Henry, Tang and Heinecke, "Leveraging the
+// bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", arXiv:1904.06376).
+constexpr int64_t parts_of(int dtype) { return dtype != FLOAT32 ? 1 : SPLITS ? 3 : 2; }
+
+template <int DTYPE>
+using KindOf = std::conditional_t<DTYPE == FLOAT32 && !SPLITS, Float32, BFloat16>;
 
 static inline __m512i narrow_both(__m512 left, __m512 right) {
 #ifdef __AVX512BF16__
@@ -25,12 +34,13 @@ static inline __m512i narrow_both(__m512 left, __m512 right) {
 #endif
 }
 
-// 32 values as bfloat16, and what that leaves of them.
+// 32 values: as bfloat16, and what that leaves of them; or the first half and the other.
 struct Line {
   __m512i value, rest;
 };
 
 static inline Line split(__m512 left, __m512 right) {
+  if (!SPLITS) return {_mm512_castps_si512(left), _mm512_castps_si512(right)};
   const __m512i value = narrow_both(left, right);
   left = _mm512_sub_ps(left, widen_bf16(_mm512_castsi512_si256(value)));
   right = _mm512_sub_ps(right, widen_bf16(_mm512_extracti64x4_epi64(value, 1)));
@@ -52,8 +62,8 @@ template <int DTYPE>
 static inline void store_row(char* line, const Line& own) {  // of a tile of rows
   _mm512_store_si512(line, own.value);
   if constexpr (DTYPE == FLOAT32) {
-    _mm512_store_si512(line + TILE, own.value);
-    _mm512_store_si512(line + 2 * TILE, own.rest);
+    if (SPLITS) _mm512_store_si512(line + TILE, own.value);
+    _mm512_store_si512(line + (parts_of(DTYPE) - 1) * TILE, own.rest);
   }
 }
 
@@ -104,7 +114,7 @@ static inline void pack_keys(const char* from, int64_t line, int64_t count, int6
     }
     store_column(column, values);
     if constexpr (DTYPE == FLOAT32) {
-      memcpy(column + 2 * TILE, column, TILE);
+      if (SPLITS) memcpy(column + 2 * TILE, column, TILE);
       store_column(column + TILE, rests);
     }
   }
@@ -121,9 +131,15 @@ static inline void pack_values(const char* from, int64_t line, int64_t keys, int
   for (int64_t k = 0; k < ceil_div(keys, WIDTH) * WIDTH; k += 2) {
     const __mmask16 first = k < keys ? mask : 0, second = k + 1 < keys ? mask : 0;
     const char* const at = from + k * line;
-    char* const to = column + k / WIDTH * parts_of(DTYPE) * TILE + k % WIDTH * 32;
+    char* const tiles = column + k / WIDTH * parts_of(DTYPE) * TILE;
+    char* const to = tiles + k % WIDTH * 32;
     if constexpr (DTYPE == FLOAT32) {
       const Line own = split(_mm512_maskz_loadu_ps(first, at), _mm512_maskz_loadu_ps(second, at + line));
+      if (!SPLITS) {
+        _mm512_store_si512(tiles + k % WIDTH * 64, own.value);
+        _mm512_store_si512(tiles + k % WIDTH * 64 + 64, own.rest);
+        continue;
+      }
       _mm512_store_si512(to, interleaved(own.value));
       _mm512_store_si512(to + TILE, interleaved(own.rest));
       _mm512_store_si512(to + 2 * TILE, interleaved(own.value));
@@ -310,7 +326,7 @@ class Attending {
   }
 
   static void product(const char* block, int64_t rows, const char* strip, int64_t steps, int64_t length, float* to) {
-    multiply<BFloat16>(block, rows, strip, steps * PARTS, length * PARTS, nullptr, (int32_t*)to, [] {});
+    multiply<KindOf<DTYPE>>(block, rows, strip, steps * PARTS, length * PARTS, nullptr, (int32_t*)to, [] {});
   }
 
   const Attention& call_;
@@ -324,15 +340,6 @@ class Attending {
 };
 
 }  // namespace
-
-// Whether it runs on AMX tiles.
-extern "C" int autoplan_attends_in_tiles() {
-#ifdef __AMX_BF16__
-  return 1;
-#else
-  return 0;
-#endif
-}
 
 // How many bytes a thread works on at a time. They should stay in its second-level cache.
 extern "C" int64_t autoplan_attention_bytes(int64_t keys, int64_t features, int dtype) {

@@ -34,14 +34,14 @@ class _Attention(ctypes.Structure):
 def pays(rows: int, keys: int | None, features: int, sharing: int, dtype: torch.dtype) -> bool:
     """Whether it is faster than torch's, for `rows` of each of the heads that share keys (`sharing` of them).
 
-    A few rows on any CPU that runs it; more on AMX tiles, where what a thread works on stays in its second-level cache,
-    and where packing float32 keys is shared by enough. `keys` is None where it may be any number.
+    A few rows always; more where what a thread works on stays in its second-level cache, and where packing float32 keys
+    is shared by enough. `keys` is None where it may be any number.
     """
     if native.missing():
         return False
     if library().autoplan_attends_rows(rows, sharing, native.CODES[dtype]):
         return rows <= 4 or (keys is not None and keys <= 64)
-    if keys is None or not library().autoplan_attends_in_tiles():
+    if keys is None:
         return False
     enough = dtype != torch.float32 or rows * sharing >= (16 if keys <= 256 else 32)
     nbytes: int = library().autoplan_attention_bytes(keys, features, native.CODES[dtype])

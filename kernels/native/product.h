@@ -58,6 +58,12 @@ struct BFloat16 {
   }
 };
 
+struct Float32 {  // on vector units only
+  static __m512i dot(__m512i sum, __m512i a, __m512i b) {
+    return _mm512_castps_si512(_mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), _mm512_castsi512_ps(sum)));
+  }
+};
+
 #ifdef __AMX_INT8__
 
 // Linux hands out the tile registers on request, once per process.
