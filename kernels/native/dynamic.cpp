@@ -7,8 +7,12 @@ namespace {
 
 #ifdef __AMX_INT8__
 constexpr char EXCESS = 0;
+constexpr int64_t FEW_ROWS = 4, FEW_ROWS_GROUPED = 8;  // that are multiplied without tiles
+constexpr int64_t COLUMNS_GROUPED = 4;                 // side by side, at four rows or fewer
 #else
 constexpr char EXCESS = (char)128;  // of the activations that `multiply` takes
+constexpr int64_t FEW_ROWS = 8, FEW_ROWS_GROUPED = 16;
+constexpr int64_t COLUMNS_GROUPED = 2;  // each is read from three or four places: a Zen 4 takes 1.1 to 1.5 times as long with 4
 #endif
 
 // The codes of one row, by absmax / 127, 64 of them every `stride` bytes; its scale in float32. `excess` is flipped
@@ -51,7 +55,7 @@ void quantize(const Input& from, int64_t row, int64_t in_features, char* codes, 
 // Weights as strips of int8 tiles. A thread takes its `Strips` one after another; `start` are a strip's sums' first values.
 
 struct Int8Weight {
-  static constexpr int64_t FEW_ROWS = 4;
+  static constexpr int64_t few_rows = FEW_ROWS, few_columns = 4;
   static constexpr bool dealt = false;
   const char* tiles;
   const int32_t* starts;
@@ -108,7 +112,7 @@ struct UpperBits {
 // has already, a thirtieth of that of 5 bits, and a seventh of that of 6.
 template <int BITS>
 struct GroupedWeight {
-  static constexpr int64_t FEW_ROWS = 8;
+  static constexpr int64_t few_rows = FEW_ROWS_GROUPED, few_columns = COLUMNS_GROUPED;
   static constexpr bool dealt = true;  // a line has the even codes of each eight in its low halves, the odd in its high
   static constexpr int64_t LINES = BITS == 4 ? 1 : 4;  // of codes; then come those of their upper bits
   static constexpr int64_t UPPER = BITS - 4, STEP = 8 * LINES, STEP_BYTES = 64 * (LINES + UPPER);
@@ -367,8 +371,8 @@ void run_few(const Input& x, const Weight& w, Epilogue e, int64_t rows, int64_t 
     few<decltype(count)::value, decltype(streams)::value>(codes + row * stride, stride, sums + row * groups, w, column,
                                                           apart, total);
   };
-  if (rows <= 2) return multiply_few<DTYPE, 2, 4>(e, rows, threads, multiplied);
-  if (rows <= 4) return multiply_few<DTYPE, 4, 4>(e, rows, threads, multiplied);
+  if (rows <= 2) return multiply_few<DTYPE, 2, Weight::few_columns>(e, rows, threads, multiplied);
+  if (rows <= 4) return multiply_few<DTYPE, 4, Weight::few_columns>(e, rows, threads, multiplied);
   multiply_few<DTYPE, 8, 2>(e, rows, threads, multiplied);
 }
 
@@ -462,7 +466,7 @@ void run(const Input& x, const Weight& w, const Epilogue& e, int64_t rows, int64
 #else
   constexpr bool panel = false;
 #endif
-  if (rows <= Weight::FEW_ROWS)
+  if (rows <= Weight::few_rows)
     run_few<Weight, DTYPE>(x, w, e, rows, in_features, threads);
   else if (!panel || rows > 16)
     return run_many<Weight, DTYPE>(x, w, e, rows, in_features, threads);

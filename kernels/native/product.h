@@ -159,16 +159,18 @@ static inline void multiply_rows(const char* panel, const char* strip, int64_t s
   }
 }
 
-// out [32, 32] = start + block x strip, for the first `rows` rows; there is no `meanwhile`: the vector units are busy.
+// out [32, 32] = start + block x strip, for the first `rows` rows; there is no `meanwhile`: the vector units are busy. Eight
+// rows at a time, four or one: what comes after the last of them is multiplied as well where that is quicker.
 template <class Kind, class Meanwhile>
 static inline void multiply(const char* block, int64_t rows, const char* strip, int64_t steps, int64_t length, const int32_t* start,
                             int32_t* out, Meanwhile) {
   for (int64_t r = 0; r < rows;) {
     const char* panel = block + r / 16 * length * TILE + r % 16 * 64;
-    if (rows - r >= 8) {
+    const int64_t left = rows - r;
+    if (left > 4) {
       multiply_rows<Kind, 8>(panel, strip, steps, length, start, out + 32 * r);
       r += 8;
-    } else if (rows - r >= 4) {
+    } else if (left > 1) {
       multiply_rows<Kind, 4>(panel, strip, steps, length, start, out + 32 * r);
       r += 4;
     } else {

@@ -184,7 +184,11 @@ void run_many(const Input& x, const Weight& w, const Epilogue& e, int64_t rows, 
   }
 }
 
+#ifdef __AMX_INT8__
 constexpr int64_t FEW_ROWS = 6;
+#else
+constexpr int64_t FEW_ROWS = 8;
+#endif
 
 template <class Kind, int DTYPE>
 void run(const Input& x, const Weight& w, Epilogue e, int64_t rows, int64_t in_features, int threads) {
