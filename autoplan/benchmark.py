@@ -30,6 +30,7 @@ APART = ("apart", "one by one")  # that of a shape with parts
 MARGIN = 0.02
 _BUCKETS: list[int] = sorted({*range(1, 17), *(2**k for k in range(5, 24)), *(3 * 2 ** (k - 1) for k in range(4, 24))})
 _RACE_SECONDS = 6.0  # what takes longer tells kernels apart that are as good as equal
+_VERDICT_SECONDS = 40.0  # but for calls so long that no verdict fits in
 _PASSING = ("OutOfMemory", "MemoryError", "allocate memory", "Inductor", "CompileError")  # in notes of what may pass
 _HOPELESS = 2.0  # times the time of the candidate's best kernel
 _ALIKE = 16.0  # times as many elements at most: beyond, what a call costs whatever the weight counts for more, or less
@@ -113,7 +114,7 @@ def measure(
         arms = _arms(shape, seed, arms)
         if (left := seconds_left()) <= 0:  # drawing a large weight takes its time
             continue
-        measured = _race(arms, missing, seed, between, min(_RACE_SECONDS, left))
+        measured = _race(arms, missing, seed, between, left)
         if shape.device == "cuda":
             arms = None
             torch.cuda.empty_cache()  # the weight copies' memory: the user's again
@@ -123,7 +124,7 @@ def measure(
             records = [
                 entry(_fingerprint(shape, by_key[m.candidate, m.kernel], environment, between), _to_value(m))
                 for m in measured
-                if _lasts(m, cut_short=left < _RACE_SECONDS)
+                if _lasts(m, cut_short=left < _VERDICT_SECONDS)
             ]
             cache.put_many("timings", dict(records))
     if progress:
@@ -257,7 +258,7 @@ def _arms(shape: Shape, seed: int, last: Arms | None = None) -> Arms:
 
 
 def _race(
-    arms_of: Arms, contenders: Sequence[Contender], seed: int, between: int, max_seconds: float
+    arms_of: Arms, contenders: Sequence[Contender], seed: int, between: int, seconds_left: float
 ) -> list[Measurement]:
     """One race, with copies of each weight, so many that it is as cold as in a model with `between` bytes of weights.
 
@@ -297,7 +298,8 @@ def _race(
             arms,
             baseline=baseline,
             margin=MARGIN,
-            max_seconds=max_seconds,
+            max_seconds=min(_RACE_SECONDS, seconds_left),
+            verdict_seconds=min(_VERDICT_SECONDS, seconds_left),
             seed=seed,
             clock=timing.clock_of(shape.device),
             min_batch_us=timing.BATCH_US[shape.device],

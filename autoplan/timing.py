@@ -111,6 +111,7 @@ def race(
     min_rounds: int = 8,
     max_rounds: int = 128,
     max_seconds: float | None = None,
+    verdict_seconds: float | None = None,
     min_batch_us: float = BATCH_US["cpu"],
     seed: int = 0,
     clock: Callable[[], int] = time.perf_counter_ns,
@@ -121,8 +122,9 @@ def race(
     baseline; and a group, once it has surely won or is known so closely that more rounds cannot matter. The race ends
     when every group has stopped.
     `max_seconds` (by `clock`, warm-up included) may end it sooner, but not before one round; where rounds are so dear
-    that no verdict fits in, arms that were clearly slower twice are dropped, and up to twice the time is allowed. A
-    batch has the same number of calls for all arms, so many that the baseline's lasts about `min_batch_us`.
+    that no verdict fits in, arms that were clearly slower twice are dropped, and the first verdict may take
+    `verdict_seconds` (default: no more). A batch has the same number of calls for all arms, so many that the baseline's
+    lasts about `min_batch_us`.
     `clock` counts nanoseconds; for a GPU it must wait for the work under way (see `clock_of`).
 
     Raises: ValueError for arms that cannot be raced; KernelError when the baseline itself fails.
@@ -136,8 +138,8 @@ def race(
         if bench.rounds == 2:
             dear = max_seconds is not None and bench.seconds_of(verdict) > max_seconds
             _drop_hopeless(bench, _CLEARLY_SLOWER if dear else _HOPELESS)
-        patience = max_seconds and max_seconds * (1 if bench.rounds >= verdict else 2)
-        limit = bench.limit(max_rounds, patience)
+        early = verdict_seconds is not None and bench.rounds < verdict
+        limit = bench.limit(max_rounds, verdict_seconds if early else max_seconds)
         if limit or (bench.rounds >= min_rounds and (bench.rounds - min_rounds) % _LOOK_EVERY == 0):
             _drop_beaten(bench, margin)
             for kernels in bench.groups():

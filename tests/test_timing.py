@@ -306,6 +306,22 @@ def test_max_seconds_is_respected_and_every_arm_has_a_figure() -> None:
     assert not switch(result["twin"])
 
 
+def test_where_rounds_are_dear_the_first_verdict_may_take_longer() -> None:
+    def raced(**limits: float) -> tuple[Timing, float]:
+        machine = Machine(turbulent=False)
+        arms = [machine.arm("none", 1e5), machine.arm("fast", 4e4), machine.arm("twin", 1e5)]
+        found = machine.race(arms, max_seconds=1.0, **limits)
+        assert found["none"].ratio == 1
+        return found["fast"], machine.now_ns / 1e9
+
+    found, seconds = raced()
+    assert found.note.startswith("undecided when time ran out")
+    assert seconds < 1.2
+    found, seconds = raced(verdict_seconds=4.0)
+    assert switch(found)
+    assert 1.2 < seconds < 4.0
+
+
 def test_a_lone_baseline_needs_one_round() -> None:
     machine = Machine()
     result = machine.race([machine.arm("none", 100, copies=1)])
