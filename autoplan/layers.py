@@ -13,6 +13,7 @@ from autoplan.candidates import Candidate, find_candidate
 from autoplan.errors import AutoplanError
 from autoplan.kernels import packing
 from autoplan.kernels.ops import (
+    Kernel,
     LinearSpec,
     Packed,
     Run,
@@ -202,20 +203,30 @@ class PlannedLinear(nn.Module):
         running = self.program
         packed: Packed | None = None
         if not any(tensor.is_meta for tensor in canonical.values()):
-            running = self._program_on(next(iter(canonical.values())).device)
+            running = self._program_for(canonical)
             packed = pack_program(running, canonical)
         _, kernels, _ = parse_program(running)
         self._running, self._packed = running, packed
         self._canonical = canonical if packed is None else {}
         self._inline = kernels[0].inline if len(kernels) == 1 else None
 
-    def _program_on(self, device: torch.device) -> str:
-        """The program; where not all its kernels run on this kind of device, the candidate's most general one there."""
-        if all(device.type in kernel.devices for kernel in parse_program(self.program)[1]):
+    def _program_for(self, canonical: packing.Canonical) -> str:
+        """The program; where not all its kernels run on this kind of device, the candidate's most general one there.
+
+        The same where they do not take the dtype that a float weight was changed to.
+        """
+        first = next(iter(canonical.values()))
+        device, dtype = first.device, canonical["weight"].dtype if "weight" in canonical else None
+
+        def runs(kernel: Kernel) -> bool:
+            taken = dtype is None or kernel.supports(LinearSpec(self.in_features, self.out_features, dtype)) is None
+            return taken and device.type in kernel.devices
+
+        if all(map(runs, parse_program(self.program)[1])):
             return self.program
         candidate = find_candidate(self.candidate)
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        spec = LinearSpec(self.in_features, self.out_features, self.dtype, candidate.group_size, capability)
+        spec = LinearSpec(self.in_features, self.out_features, dtype or self.dtype, candidate.group_size, capability)
         for name in reversed(candidate.kernels):
             kernel = find_kernel(name)
             if device.type in kernel.devices and kernel.rejects(spec) is None:

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t WIDTH = 32;  // bfloat16 values in a line of a tile
 
-#ifdef __AMX_BF16__
+#ifdef __AMX_INT8__
 constexpr bool SPLITS = true;
 #else
 constexpr bool SPLITS = false;
