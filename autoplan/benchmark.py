@@ -321,7 +321,7 @@ def _race(
 
 
 def _as_warm(arm: timing.Arm, model_bytes: float, slow: float) -> timing.Arm:
-    """The arm as in a model of so many bytes of layers like it: if a cache holds these, it does before each sample.
+    """The arm as in a model of so many bytes of layers like it: if a cache holds these, so before each sample.
 
     The other arms' have driven them out. What takes more than `slow` seconds is not called again for that; by a limit
     of each arm's own, the one with the fewest bytes would be the slow one where all take about as long.

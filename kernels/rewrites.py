@@ -17,8 +17,8 @@ kernel does that to rows while they are in a cache. In a region of autocast the 
 Pieces: the product of siblings is written piece by piece, each with its bias, as each layer would have written its own.
 Otherwise it would be read and written again to have pieces that are contiguous and have a bias.
 
-Attention: torch's kernel for CPUs gives way to our own, which takes half of its time or less. On AMX tiles float32
-numbers are two of bfloat16 each, which leaves out less than 2^-15 of a product.
+Attention: torch's kernel for CPUs gives way to our own, which takes about half of its time (float32 without AMX: 0.4 to
+0.9 of it). On AMX tiles float32 numbers are two of bfloat16 each, which leaves out less than 2^-15 of a product.
 
 Pairs: where all that a layer gives, after its activation, is given to another layer, a kernel may run both in one call,
 rows by rows, so that what lies between them is not written to memory and read again.

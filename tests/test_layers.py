@@ -95,6 +95,16 @@ def test_a_change_of_dtype_leaves_codes_and_scales_alone(candidate: str, kernel:
         assert after["weight"].dtype == torch.float16
 
 
+def test_a_float_weight_in_a_dtype_that_its_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(planned("none", "1:onednn", "float32"))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    model.to(torch.float16)
+    assert (model[0].program, model[0]._running) == ("1:onednn", "1:linear")
+    assert model(rows("float16")).dtype == torch.float16
+    model.to(torch.float32)
+    assert model[0]._running == "1:onednn"
+
+
 @pytest.mark.parametrize(("candidate", "kernel", "dtype"), CASES)
 def test_loading_onto_the_meta_device(candidate: str, kernel: str, dtype: str) -> None:
     model, x = wrapped(planned(candidate, f"1:{kernel}", dtype)), rows(dtype)
